@@ -1,0 +1,64 @@
+"""The calibration modes and their parameters; `scales.py` is what they mean.
+
+Apart from it so that a flag can be checked without importing torch.
+"""
+
+from dataclasses import dataclass
+
+from fp8lib import Fp8Error
+
+MODES = ("rms", "max", "percentile", "mse")
+PHASES = 128
+"""BF16 mantissas in an octave: the number of scales that round differently."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How a block's scale is chosen.
+
+    Attributes:
+        mode: one of MODES.
+        rms_factor: k of `rms`, > 0.
+        rms_saturate: use k * rms / 448 as it is and clip what exceeds it.
+        percentile: p of `percentile`, in (0, 100].
+        mse_grid_size: scale phases `mse` tries per octave, 1..128; 128 is every BF16 scale.
+
+    Raises:
+        Fp8Error: a value out of range.
+    """
+
+    mode: str = "rms"
+    rms_factor: float = 3.0
+    rms_saturate: bool = False
+    percentile: float = 99.9
+    mse_grid_size: int = PHASES
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise Fp8Error(f"--calib_mode {self.mode}: choose one of {', '.join(MODES)}")
+        if not 0 < self.rms_factor <= 1e4:
+            raise Fp8Error(f"--rms_factor {self.rms_factor}: must be above 0 and at most 10000")
+        if not 0 < self.percentile <= 100:
+            raise Fp8Error(f"--calib_percentile {self.percentile}: must be above 0 and at most 100")
+        if not 1 <= self.mse_grid_size <= PHASES:
+            raise Fp8Error(f"--mse_grid_size {self.mse_grid_size}: must be 1 to {PHASES}")
+
+    @property
+    def clips(self) -> bool:
+        """Whether the mode clips weights by definition."""
+        return (self.mode == "rms" and self.rms_saturate) or (
+            self.mode == "percentile" and self.percentile < 100
+        )
+
+    @property
+    def uses_activations(self) -> bool:
+        """Whether activation statistics change the outcome."""
+        return self.mode in ("rms", "mse")
+
+    def __str__(self) -> str:
+        return {
+            "max": "max",
+            "rms": f"rms(k={self.rms_factor:g}{', saturate' if self.rms_saturate else ''})",
+            "percentile": f"percentile(p={self.percentile:g})",
+            "mse": f"mse(phases={self.mse_grid_size})",
+        }[self.mode]

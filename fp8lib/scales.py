@@ -1,0 +1,389 @@
+"""The four calibration modes: blocks of weights in, one BF16 scale per 128x128 block out.
+
+    max         amax / 448
+    rms         k * rms / 448, doubled until nothing saturates
+    percentile  p-th percentile of |w| / 448; what lies above is clipped
+    mse         the BF16 scale with the least (activation-weighted) squared error
+
+E4M3 is floating point, so a scale's exponent hardly matters and clipping never pays: on 128x128
+Gaussian blocks plain `max` reaches cosine 0.99965, clipping at 3 rms 0.99945, and no scale at all more
+than 0.99966. What is left to choose is the scale's phase: where its mantissa puts the eight rounding
+steps of an octave among the weights. `rms` takes the phase from the bulk of the block instead of from
+its one largest weight; `mse` tries every phase there is.
+
+How `mse` tries 128 scales for the price of one. A BF16 weight is 2^e * m/128 with m = 128..255, a BF16
+scale 2^k * p/128 with p = 128..255. As long as w/s is a normal E4M3 number, its rounding error is
+4^e * T[m, p]: the exponents only shift it. So one pass collects h[m] = sum of a_j * 4^e per block, a
+histogram of 128 mantissas, and h @ T is the exact error of all 128 phases at once. T holds integers and
+h is rounded to 29 bits, so that the float64 products are exact and no order of summation, piece size or
+device can change which phase wins.
+
+The identity ends where weights become subnormal, 2^-12 of the block's largest and below. Each such
+weight adds at most 2^-32 (in units of the block's largest power of two, squared); where that bound could
+matter, the block is judged by `_exact_search` instead: a histogram of all codes over 22 octaves against
+a table of true errors, for every scale from amax/896 (clipping, which can pay when the outlier sits in a
+channel that hardly matters) to amax/224.
+
+Everything else that decides a scale is either exact or an elementwise float32 operation in a fixed
+order, for the same reason.
+"""
+
+from functools import cache
+
+import torch
+
+from fp8lib.e4m3 import (
+    MAX,
+    MAX_ROUNDS_TO_MAX,
+    SCALE_DTYPE,
+    SMALLEST_SCALE,
+    expand_columns,
+    quantize,
+)
+from fp8lib.modes import PHASES, Calibration
+from fp8lib.rules import BLOCK, blocks
+
+_BF16_MAGNITUDE = 0x7FFF
+_WINDOW = 16
+"""Octaves of the fast histogram; row 15 is the octave of the block's largest weight."""
+_SUBNORMAL_ROWS = 3
+"""Rows 0..2, 13 octaves down and lower, may be subnormal: 2^-12 * amax vs 2 * amax/448 * 2^-6."""
+_SUBNORMAL_ERROR = 2.0**-32
+_NEGLIGIBLE = 5e-4
+"""Share of the loss below which subnormal weights are left out; the search promises 1e-3."""
+_EXACT_WINDOW = 22
+"""Octaves of the exact histogram. Weights 2^-21 below amax round to zero under every scale tried."""
+_EXACT_BATCH = 16
+"""Blocks per matrix product of the exact search, always padded to this: one shape, one rounding."""
+
+
+def quantize_blocks(
+    weights: torch.Tensor, calibration: Calibration, activation: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and codes of a weight matrix, or of any rows of it that start at a multiple of 128.
+
+    Args:
+        weights: [rows, columns], BF16, F16 or F32.
+        calibration: how to choose the scales.
+        activation: float32 [columns], mean square of each input channel, finite and >= 0; None for 1.
+
+    Returns:
+        (float8_e4m3fn [rows, columns], bfloat16 [ceil(rows/128), ceil(columns/128)]). A block that
+        holds NaN or infinity gets a scale that is not finite: check the scales, not the weights.
+    """
+    scales, amax = block_scales(weights, calibration, activation)
+    saturate = bool((amax > MAX_ROUNDS_TO_MAX * scales).any())
+    return quantize(weights, scales, saturate=saturate), scales
+
+
+def block_scales(
+    weights: torch.Tensor, calibration: Calibration, activation: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scales alone; arguments as `quantize_blocks`.
+
+    Returns:
+        (scales bfloat16 [Rb, Cb], amax float32 [Rb, Cb]). Blocks of zeros get scale 1.
+    """
+    columns = weights.shape[1]
+    padded = _pad_to_blocks(weights)
+    if calibration.mode != "max" and activation is not None:
+        activation = torch.nn.functional.pad(activation, (0, padded.shape[1] - columns))
+    # Padding is zeros, which change no maximum, no sum, no upper order statistic and no error.
+    amax = _block_amax(padded)
+    if calibration.mode == "max":
+        scales = _divide(amax, MAX)
+    elif calibration.mode == "rms":
+        scales = _rms_scales(padded, amax, _block_sizes(weights), calibration, activation)
+    elif calibration.mode == "percentile":
+        scales = _divide(_percentile(padded, _block_sizes(weights), calibration.percentile), MAX)
+    else:
+        scales = _mse_scales(padded, amax, calibration.mse_grid_size, activation)
+    scales = torch.where(amax == 0, 1.0, scales.clamp(min=SMALLEST_SCALE))
+    # `where` keeps NaN and infinity of a broken block visible whatever the mode made of them.
+    return torch.where(amax.isfinite(), scales, amax).to(SCALE_DTYPE), amax
+
+
+# --- pieces that several modes share -----------------------------------------------------------
+
+
+def _pad_to_blocks(weights: torch.Tensor) -> torch.Tensor:
+    rows, columns = weights.shape
+    bottom, right = -rows % BLOCK, -columns % BLOCK
+    if bottom or right:
+        return torch.nn.functional.pad(weights, (0, right, 0, bottom))
+    return weights
+
+
+def _block_sizes(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Real rows of each block row and real columns of each block column: float32 [Rb, 1], [1, Cb]."""
+
+    def extents(n: int) -> torch.Tensor:
+        starts = torch.arange(blocks(n), device=weights.device) * BLOCK
+        return (n - starts).clamp(max=BLOCK).float()
+
+    return extents(weights.shape[0])[:, None], extents(weights.shape[1])[None, :]
+
+
+def _divide(values: torch.Tensor, divisor: float) -> torch.Tensor:
+    """True division. By a Python number, CUDA multiplies with the reciprocal and rounds differently."""
+    return values / torch.full((), divisor, device=values.device)
+
+
+def _codes(weights: torch.Tensor) -> torch.Tensor:
+    """|w| as BF16 bit patterns, int16 in the order of magnitude; F16 and F32 at their nearest BF16."""
+    return weights.to(torch.bfloat16).view(torch.int16) & _BF16_MAGNITUDE
+
+
+def _blocked(values: torch.Tensor) -> torch.Tensor:
+    """[rows, columns] -> [Rb, Cb, 128*128], a copy in which each block is contiguous."""
+    rows, columns = values.shape
+    split = values.view(rows // BLOCK, BLOCK, columns // BLOCK, BLOCK)
+    return split.transpose(1, 2).reshape(rows // BLOCK, columns // BLOCK, BLOCK * BLOCK)
+
+
+def _block_amax(weights: torch.Tensor) -> torch.Tensor:
+    """Largest |w| of each block, float32 [Rb, Cb]; NaN where a block holds one."""
+    rows, columns = weights.shape
+    exact_as_bf16 = weights.dtype == torch.bfloat16
+    magnitude = _codes(weights) if exact_as_bf16 else weights.abs()
+    per_column = magnitude.view(rows // BLOCK, BLOCK, columns).amax(dim=1)
+    amax = per_column.view(rows // BLOCK, columns // BLOCK, BLOCK).amax(dim=2)
+    return (amax.view(torch.bfloat16) if exact_as_bf16 else amax).float()
+
+
+def _power_of_two(exponent: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """2^exponent, exactly, for exponents of normal numbers (`torch.pow` may round on some devices)."""
+    if dtype == torch.float32:
+        return ((exponent.to(torch.int32) + 127) << 23).view(dtype)
+    return ((exponent.to(torch.int64) + 1023) << 52).view(dtype)
+
+
+def _floor_log2(values: torch.Tensor) -> torch.Tensor:
+    """Exponent of each value, int32; clamped to [-126, 127] so that 2^it is a normal float32."""
+    return (torch.frexp(values).exponent - 1).clamp(-126, 127)
+
+
+def _pairwise_sum(values: torch.Tensor, dim: int) -> torch.Tensor:
+    """Sum over a dimension of 2^n elements by repeated halving, in place.
+
+    A tree of elementwise additions: the same result on every device, thread count and piece size,
+    which `Tensor.sum` does not promise.
+    """
+    length = values.shape[dim]
+    while length > 1:
+        length //= 2
+        values = values.narrow(dim, 0, length).add_(values.narrow(dim, length, length))
+    return values.squeeze(dim)
+
+
+# --- rms ---------------------------------------------------------------------------------------
+
+
+def _rms_scales(
+    weights: torch.Tensor,
+    amax: torch.Tensor,
+    sizes: tuple[torch.Tensor, torch.Tensor],
+    calibration: Calibration,
+    activation: torch.Tensor | None,
+) -> torch.Tensor:
+    """k * rms / 448 per block, rounded to BF16 and doubled as needed, float32 [Rb, Cb]."""
+    row_blocks, columns = weights.shape[0] // BLOCK, weights.shape[1]
+    rows_in_block, columns_in_block = sizes
+    # Squares of weights below 2^-63 or above 2^63 leave float32, so measure in units of 2^unit.
+    unit = _power_of_two(_floor_log2(amax), torch.float32)
+    squares = weights.to(torch.float32, copy=True).view(row_blocks, BLOCK, columns)
+    squares.div_(expand_columns(unit, columns))
+    squares.mul_(squares)
+    per_column = _pairwise_sum(squares, dim=1)  # [Rb, columns]
+    count = rows_in_block * columns_in_block
+    mean = _pairwise_sum(_by_block(per_column), dim=2) / count
+    if activation is not None:
+        activation = activation / activation.amax().clamp(min=torch.finfo(torch.float32).tiny)
+        weight = rows_in_block * _pairwise_sum(_by_block(activation[None]), dim=2)
+        weighted = _pairwise_sum(_by_block(per_column * activation), dim=2)
+        mean = torch.where(weight > 0, weighted / weight, mean)
+    scales = _divide(calibration.rms_factor * mean.sqrt(), MAX) * unit
+    scales = scales.clamp(min=SMALLEST_SCALE).bfloat16().float()
+    if calibration.rms_saturate:
+        return scales
+    excess = torch.frexp(amax / (MAX * scales))  # 448 times a BF16 number is exact in float32
+    doublings = excess.exponent - (excess.mantissa == 0.5).int()
+    return scales * _power_of_two(doublings.clamp(0, 127), torch.float32)
+
+
+def _by_block(per_column: torch.Tensor) -> torch.Tensor:
+    """[Rb, columns] -> a copy [Rb, Cb, 128]."""
+    return per_column.reshape(per_column.shape[0], -1, BLOCK).clone()
+
+
+# --- percentile --------------------------------------------------------------------------------
+
+
+def _percentile(
+    weights: torch.Tensor, sizes: tuple[torch.Tensor, torch.Tensor], percentile: float
+) -> torch.Tensor:
+    """Percentile of |w| per block, float32 [Rb, Cb].
+
+    Linear interpolation between order statistics, numpy's default: the value at position
+    p/100 * (n - 1) of the n sorted magnitudes.
+    """
+    as_bf16 = weights.dtype == torch.bfloat16
+    magnitude = _blocked(_codes(weights) if as_bf16 else weights.abs().float())
+    last = (sizes[0] * sizes[1]).double() - 1
+    position = last * percentile / 100
+    below = position.floor()
+    # Counted from the top, where zero padding never reaches.
+    rank = (last - below).long().unsqueeze(-1)
+    top = magnitude.topk(int(rank.max()) + 1, dim=-1).values
+    neighbours = top.gather(-1, torch.cat([rank, (rank - 1).clamp(min=0)], dim=-1))
+    low, high = (neighbours.view(torch.bfloat16) if as_bf16 else neighbours).float().unbind(-1)
+    return low + (position - below).float() * (high - low)
+
+
+# --- mse ---------------------------------------------------------------------------------------
+
+
+def _phases(grid_size: int) -> list[int]:
+    """BF16 mantissas (with the implicit bit, 128..255) that a search of `grid_size` phases tries."""
+    return [PHASES + i * PHASES // grid_size for i in range(grid_size)]
+
+
+@cache
+def _error_table(grid_size: int, device: torch.device) -> torch.Tensor:
+    """T[m - 128, phase]: squared rounding error of mantissa m under each phase, float64 [128, P].
+
+    m/p lies in (1/2, 2), where E4M3's step is 1/16 below 1 and 1/8 from 1 on. Counted in sixteenths
+    the error 16*m - p*k, k the quotient rounded to that step, is an integer below 256.
+    """
+    m = torch.arange(PHASES, 2 * PHASES, dtype=torch.float64)[:, None]
+    p = torch.tensor(_phases(grid_size), dtype=torch.float64)[None, :]
+    step = torch.where(m >= p, 2.0, 1.0)
+    sixteenths = torch.round(16 * m / p / step) * step
+    return (16 * m - p * sixteenths).square().to(device)
+
+
+def _mse_scales(
+    weights: torch.Tensor, amax: torch.Tensor, grid_size: int, activation: torch.Tensor | None
+) -> torch.Tensor:
+    """Least-squares BF16 scale per block, float32 [Rb, Cb]. See the module's docstring."""
+    rows, columns = weights.shape
+    shape = amax.shape
+    codes = _codes(weights)
+    top = torch.where(amax.isfinite(), amax.bfloat16().view(torch.int16), _BF16_MAGNITUDE)
+    exponent = top >> 7  # biased
+    base = (exponent - (_WINDOW - 1)) << 7
+    bins = _WINDOW * PHASES
+    relative = codes.view(shape[0], BLOCK, columns)
+    relative = (relative - base.repeat_interleave(BLOCK, 1).unsqueeze(1)).clamp_(min=0)
+    block = torch.arange(shape.numel(), dtype=torch.int32, device=weights.device).view(shape)
+    index = relative.to(torch.int32)
+    index.add_((block * bins).repeat_interleave(BLOCK, 1).unsqueeze(1))
+    importance = None
+    if activation is not None:
+        importance = _exact_importance(activation)
+        spread = importance.expand(rows, columns).reshape(-1)
+    counts = torch.bincount(
+        index.view(-1),
+        weights=None if importance is None else spread,
+        minlength=shape.numel() * bins,
+    ).view(-1, _WINDOW, PHASES)
+
+    octave = torch.arange(_WINDOW, device=weights.device) - (_WINDOW - 1)
+    energy = _power_of_two(2 * octave, torch.float64)
+    energy[:_SUBNORMAL_ROWS] = 0
+    h = _pairwise_sum(counts * energy[:, None], dim=1)
+    # 2^29 per bin, so that sums of 128 products with T < 2^16 stay below 2^53: exact in any order.
+    unit = _power_of_two(torch.frexp(h.amax(dim=1, keepdim=True)).exponent - 29, torch.float64)
+    losses = torch.round(h / unit) @ _error_table(grid_size, weights.device)
+    least, phase = losses.min(dim=1)
+    mantissa = torch.tensor(_phases(grid_size), device=weights.device)[phase].view(shape)
+    scales = _smallest_unclipped(mantissa, amax)
+
+    subnormal = _pairwise_sum(counts[:, :4].to(torch.float64), dim=2)[:, :_SUBNORMAL_ROWS].sum(dim=1)
+    least = least * unit.squeeze(1) * 2.0**-22  # (1/16 of a mantissa unit of 2^-7) squared
+    uncertain = (subnormal * _SUBNORMAL_ERROR > _NEGLIGIBLE * least).view(shape)
+    uncertain |= exponent < _WINDOW
+    uncertain &= amax.isfinite() & (amax > 0)
+    if uncertain.any():
+        blocked = _blocked(weights)[uncertain]
+        spread = None
+        if importance is not None:
+            spread = importance.view(1, -1, BLOCK).expand(shape[0], -1, -1)[uncertain]
+        scales[uncertain] = _exact_search(blocked, amax[uncertain], grid_size, spread)
+    return scales
+
+
+def _exact_importance(activation: torch.Tensor) -> torch.Tensor:
+    """Channel weights as integers below 2^38, float64: 16384 of them add up exactly in any order."""
+    largest = activation.amax().double()
+    shift = 38 - torch.frexp(largest.clamp(min=1e-300)).exponent
+    return torch.round(activation.double() * _power_of_two(shift, torch.float64))
+
+
+def _smallest_unclipped(mantissa: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
+    """Smallest scale mantissa/128 * 2^k that takes amax to 448 or below, float32."""
+    start = _power_of_two(_floor_log2(_divide(amax, MAX)), torch.float32)
+    scales = mantissa.float() / PHASES * start
+    return torch.where(MAX * scales < amax, 2 * scales, scales)
+
+
+@cache
+def _exact_candidates(grid_size: int, device: torch.device) -> torch.Tensor:
+    """Scales for a block whose largest weight is in [1, 2), ascending, float32 [4 * P]."""
+    mantissa = torch.tensor(_phases(grid_size), dtype=torch.float32, device=device) / PHASES
+    octaves = _power_of_two(torch.arange(-10, -6, device=device), torch.float32)
+    return (octaves[:, None] * mantissa).view(-1)
+
+
+@cache
+def _exact_table(grid_size: int, device: torch.device) -> torch.Tensor:
+    """True squared error of every BF16 magnitude in 22 octaves below 2 under every candidate scale.
+
+    float64 [22 * 128, 4 * P]; made with the cast itself, clipping and subnormals included.
+    """
+    octave = _power_of_two(torch.arange(1 - _EXACT_WINDOW, 1, device=device), torch.float32)
+    mantissa = torch.arange(PHASES, 2 * PHASES, device=device).float() / PHASES
+    value = (octave[:, None] * mantissa).view(-1, 1)
+    scale = _exact_candidates(grid_size, device)[None, :]
+    rounded = (value / scale).clamp(max=MAX).to(torch.float8_e4m3fn).double() * scale
+    return (value.double() - rounded).square()
+
+
+def _exact_search(
+    blocked: torch.Tensor, amax: torch.Tensor, grid_size: int, importance: torch.Tensor | None
+) -> torch.Tensor:
+    """The `mse` scale of blocks in which subnormal weights matter.
+
+    Args:
+        blocked: [F, 128*128] weights of F blocks.
+        amax: float32 [F], positive.
+        grid_size: phases per octave.
+        importance: float64 [F, 128], weight of each block column; None for 1.
+
+    Returns:
+        float32 [F] scales between amax/896 and amax/224.
+    """
+    device = blocked.device
+    candidates, table = _exact_candidates(grid_size, device), _exact_table(grid_size, device)
+    bins = table.shape[0]
+    unit = _power_of_two(_floor_log2(amax), torch.float32)
+    top = amax / unit  # [1, 2)
+    allowed = (candidates >= _divide(top, 2 * MAX)[:, None]) & (candidates < _divide(top, MAX / 2)[:, None])
+    chosen = torch.empty_like(amax)
+    for part in range(0, len(blocked), _EXACT_BATCH):
+        batch = slice(part, part + _EXACT_BATCH)
+        scaled = blocked[batch].float() / unit[batch, None]
+        codes = _codes(scaled).to(torch.int32) - ((128 - _EXACT_WINDOW) << 7)
+        count = len(codes)
+        index = codes.clamp_(min=-1).add_(1)  # bin 0: too small for any candidate, or zero
+        index.add_(torch.arange(count, device=device, dtype=torch.int32)[:, None] * (bins + 1))
+        spread = None
+        if importance is not None:
+            spread = importance[batch, None, :].expand(-1, BLOCK, -1).reshape(-1)
+        histogram = torch.bincount(index.view(-1), spread, minlength=_EXACT_BATCH * (bins + 1))
+        histogram = histogram.view(_EXACT_BATCH, bins + 1)[:, 1:].double()
+        # Rounding to float32 makes equal losses equal, whatever the order of summation.
+        losses = (histogram @ table)[:count].float()
+        losses = losses.masked_fill(~allowed[batch], torch.inf)
+        chosen[batch] = candidates[losses.argmin(dim=1)]
+    return chosen * unit

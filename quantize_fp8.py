@@ -1,0 +1,132 @@
+#!/usr/bin/env python3
+"""Turn a BF16 Qwen3.5/3.6 checkpoint into a block-wise FP8 one that vLLM and SGLang serve."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from fp8lib import Fp8Error, __version__
+from fp8lib.modes import MODES, PHASES, Calibration
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="quantize_fp8.py",
+        description=__doc__,
+        epilog="Exit codes: 0 GOOD or WARN, 1 verification FAILed, 2 refused or failed.",
+        allow_abbrev=False,
+    )
+    group = parser.add_argument_group("input and output")
+    group.add_argument("--input_dir", type=Path, required=True, help="checkpoint to quantize")
+    group.add_argument("--output_dir", type=Path, help="where the FP8 checkpoint goes; made if missing")
+    group.add_argument(
+        "--overwrite", action="store_true", help="replace what an earlier run wrote to --output_dir"
+    )
+
+    group = parser.add_argument_group("calibration")
+    group.add_argument(
+        "--calib_mode", choices=MODES, default="rms", help="how a block's scale is chosen (%(default)s)"
+    )
+    group.add_argument(
+        "--rms_factor", type=float, default=3.0, metavar="K",
+        help="rms: scale = K * rms / 448, doubled until nothing saturates (%(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--rms_saturate", action="store_true", help="rms: no doubling, clip what exceeds the scale"
+    )
+    group.add_argument(
+        "--calib_percentile", type=float, default=99.9, metavar="P",
+        help="percentile: scale = P-th percentile of |w| / 448 (%(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--mse_grid_size", type=int, default=PHASES, metavar="N",
+        help="mse: scale phases tried per octave; %(default)s is every BF16 scale (%(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--activation_stats", type=Path, metavar="FILE",
+        help="statistics from collect_activation_stats.py; rms and mse weight channels by them",
+    )  # fmt: skip
+
+    group = parser.add_argument_group("hardware")
+    group.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda or cuda:N (auto: CUDA when there is one)"
+    )
+    group.add_argument("--workers", type=int, default=0, metavar="N", help="worker threads (one per core)")
+
+    group = parser.add_argument_group("verification")
+    group.add_argument(
+        "--verify_samples", type=_samples, default=5, metavar="N",
+        help="tensors measured per shard, or 'all' (%(default)s)",
+    )  # fmt: skip
+    group.add_argument("--skip_verify", action="store_true", help="write without verifying")
+    group.add_argument("--seed", type=int, default=0, help="of the random sample (%(default)s)")
+
+    group = parser.add_argument_group("other")
+    group.add_argument(
+        "--dry_run", action="store_true", help="print the plan from headers alone, write nothing"
+    )
+    group.add_argument("--debug", action="store_true", help="show a traceback with an error")
+    group.add_argument("--quiet", action="store_true", help="no progress, no notes; summary and errors only")
+    group.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    options = parser.parse_args(arguments)
+    if options.output_dir is None and not options.dry_run:
+        parser.error("the following arguments are required: --output_dir")
+    if options.workers < 0:
+        parser.error("argument --workers: must be 1 or more")
+    return options
+
+
+def _samples(text: str) -> int | None:
+    if text == "all":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number from 1 on nor 'all'")
+    return int(text)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    flags = parse(arguments)
+    try:
+        calibration = Calibration(
+            mode=flags.calib_mode,
+            rms_factor=flags.rms_factor,
+            rms_saturate=flags.rms_saturate,
+            percentile=flags.calib_percentile,
+            mse_grid_size=flags.mse_grid_size,
+        )
+        return _run(flags, calibration)
+    except Fp8Error as error:
+        if flags.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(flags: argparse.Namespace, calibration: Calibration) -> int:
+    from fp8lib import job, report
+    from fp8lib.health import Zone
+
+    def warn(text: str) -> None:
+        if not flags.quiet:
+            print(f"note: {text}", file=sys.stderr)
+
+    options = job.Options(
+        input_dir=flags.input_dir,
+        output_dir=flags.output_dir,
+        calibration=calibration,
+        overwrite=flags.overwrite,
+        activation_stats=flags.activation_stats,
+        device=flags.device,
+        workers=flags.workers,
+        verify_samples=flags.verify_samples,
+        verify=not flags.skip_verify,
+        seed=flags.seed,
+        dry_run=flags.dry_run,
+        quiet=flags.quiet,
+    )
+    verdict = job.run(options, report.Printer(sys.stdout), warn)
+    return 1 if verdict is Zone.FAIL else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
