@@ -2,6 +2,8 @@
 """Turn a BF16 Qwen3.5/3.6 checkpoint into a block-wise FP8 one that vLLM and SGLang serve."""
 
 import argparse
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -22,6 +24,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--overwrite", action="store_true", help="replace what an earlier run wrote to --output_dir"
     )
+
+    group.add_argument("--checksums", action="store_true", help="also write SHA256SUMS, for sha256sum -c")
 
     group = parser.add_argument_group("calibration")
     group.add_argument(
@@ -59,6 +63,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="tensors measured per shard, or 'all' (%(default)s)",
     )  # fmt: skip
     group.add_argument("--skip_verify", action="store_true", help="write without verifying")
+    group.add_argument(
+        "--verify_only", action="store_true",
+        help="write nothing; measure a finished --output_dir, of this tool or another, against --input_dir",
+    )  # fmt: skip
     group.add_argument("--seed", type=int, default=0, help="of the random sample (%(default)s)")
 
     group = parser.add_argument_group("other")
@@ -71,6 +79,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.output_dir is None and not options.dry_run:
         parser.error("the following arguments are required: --output_dir")
+    if options.skip_verify and options.verify_only:
+        parser.error("argument --verify_only: not allowed with argument --skip_verify")
     if options.workers < 0:
         parser.error("argument --workers: must be 1 or more")
     return options
@@ -84,25 +94,54 @@ def _samples(text: str) -> int | None:
     return int(text)
 
 
+class Interrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM; `args[0]` is the signal's number."""
+
+
+def _interrupt(number: int, _frame: object) -> None:
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)  # once is enough; what follows is short
+    raise Interrupted(number)
+
+
 def main(arguments: list[str] | None = None) -> int:
     flags = parse(arguments)
+    speaks = os.environ.get("RANK", "0") == "0"  # under torchrun one rank speaks for all
     try:
-        calibration = Calibration(
-            mode=flags.calib_mode,
-            rms_factor=flags.rms_factor,
-            rms_saturate=flags.rms_saturate,
-            percentile=flags.calib_percentile,
-            mse_grid_size=flags.mse_grid_size,
-        )
-        return _run(flags, calibration)
-    except Fp8Error as error:
+        return _run(flags)
+    except Interrupted as interrupt:
+        if speaks:
+            print("interrupted; run the same command again to continue", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(128 + interrupt.args[0])  # without waiting for a disk that is still writing
+    except Exception as error:
         if flags.debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        if speaks:
+            print(f"error: {describe(error)}", file=sys.stderr)
         return 2
 
 
-def _run(flags: argparse.Namespace, calibration: Calibration) -> int:
+def describe(error: Exception) -> str:
+    """One line for an error that ends the run."""
+    if isinstance(error, Fp8Error):
+        return str(error)
+    text = str(error).strip().splitlines() or [""]
+    if isinstance(error, MemoryError) or "out of memory" in text[0].lower():
+        return f"out of memory ({text[0]}); use fewer --workers"
+    return f"{type(error).__name__}: {text[0]}; run again with --debug for the traceback"
+
+
+def _run(flags: argparse.Namespace) -> int:
+    calibration = Calibration(
+        mode=flags.calib_mode,
+        rms_factor=flags.rms_factor,
+        rms_saturate=flags.rms_saturate,
+        percentile=flags.calib_percentile,
+        mse_grid_size=flags.mse_grid_size,
+    )
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     from fp8lib import job, report
     from fp8lib.health import Zone
 
@@ -120,11 +159,13 @@ def _run(flags: argparse.Namespace, calibration: Calibration) -> int:
         workers=flags.workers,
         verify_samples=flags.verify_samples,
         verify=not flags.skip_verify,
+        verify_only=flags.verify_only,
         seed=flags.seed,
+        checksums=flags.checksums,
         dry_run=flags.dry_run,
         quiet=flags.quiet,
     )
-    verdict = job.run(options, report.Printer(sys.stdout), warn)
+    verdict = job.run(options, job.Talk(report.Printer(sys.stdout), warn))
     return 1 if verdict is Zone.FAIL else 0
 
 

@@ -5,16 +5,18 @@ the output directory is touched; shards become durable one by one, each recorded
 config.json, without which no engine takes a directory for a model, is written last.
 """
 
+from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from fp8lib import Fp8Error, manifest, output_dir, report
-from fp8lib.checkpoint import CONFIG, INDEX, Checkpoint, open_checkpoint, printable
-from fp8lib.health import Health, Zone, judge
+from fp8lib.checkpoint import CONFIG, INDEX, open_checkpoint, printable
+from fp8lib.health import Zone, judge
 from fp8lib.manifest import Manifest, ShardResult
 from fp8lib.modes import Calibration
 from fp8lib.plan import Plan, make_plan, to_json
+from fp8lib.ranks import Ranks
 from fp8lib.stats import Statistics
 from fp8lib.writer import copy_file, write_file
 
@@ -35,76 +37,144 @@ class Options:
     workers: int = 0
     verify_samples: int | None = 5
     verify: bool = True
+    verify_only: bool = False
     seed: int = 0
+    checksums: bool = False
     dry_run: bool = False
     quiet: bool = False
 
 
-def run(options: Options, printer: report.Printer, warn) -> Zone:
-    """Quantize a checkpoint, or print the plan of it.
+@dataclass(frozen=True, slots=True)
+class Talk:
+    """How a run speaks to a person: the summary or plan on `printer`, one-line notes through `warn`."""
 
-    Args:
-        options: what to do.
-        printer: where the plan or the summary goes.
-        warn: called with one line for each thing a person should know but that stops nothing.
+    printer: report.Printer
+    warn: Callable[[str], None]
+
+
+def run(options: Options, talk: Talk) -> Zone:
+    """Quantize a checkpoint, or print the plan of it, or verify one that is finished.
+
+    Under torchrun every rank calls this; rank 0 plans, refuses and reports for all.
 
     Returns:
-        The verdict; GOOD for a dry run and where verification was skipped.
+        The verdict, the same on every rank; GOOD for a dry run and where verification was skipped.
 
     Raises:
-        Fp8Error: refused or failed. No config.json is left in the output directory.
+        Fp8Error: refused or failed, on every rank. No config.json is left in the output directory.
     """
+    ranks = Ranks()
+    if not ranks.is_main:
+        talk = Talk(talk.printer, lambda text: None)
+    try:
+        if options.verify_only:
+            verdict = _verify_only(options, talk, ranks)
+        elif options.dry_run:
+            verdict = _dry_run(options, talk, ranks)
+        else:
+            verdict = _quantize(options, talk, ranks)
+    except Exception as error:
+        ranks.fail(str(error))
+        raise
+    finally:
+        ranks.leave()
+    return verdict
+
+
+# --- planning ----------------------------------------------------------------------------------
+
+
+def _plan(options: Options, talk: Talk) -> tuple[Plan, Statistics | None, int | None]:
+    """The plan, the statistics to use, and how many tensors they cover (None without a file)."""
     checkpoint = open_checkpoint(options.input_dir)
     plan = make_plan(checkpoint)
     for name in checkpoint.unused:
-        warn(f"{printable(name)} is not in the index and is left out")
+        talk.warn(f"{printable(name)} is not in the index and is left out")
     if options.output_dir is not None:
         output_dir.check_location(options.input_dir, options.output_dir)
-    statistics, covered = _open_statistics(options, plan, warn)
-    if options.dry_run:
-        report.print_plan(plan, printer)
-        return Zone.GOOD
-    mine = Manifest(
-        settings=_settings(options, statistics),
-        inputs={s.name: manifest.identity(s) for s in checkpoint.shards},
-        extra_files=[p.as_posix() for p in checkpoint.extra_files],
-    )
-    state = output_dir.inspect(options.output_dir, plan, mine, options.overwrite)
-    output_dir.check_space(options.output_dir, plan, state)
-    settings = _pipeline_settings(options, statistics)
-    lock = output_dir.Lock(options.output_dir)
-    try:
-        output_dir.prepare(options.output_dir, state)
-        if state.manifest is not None:
-            mine.shards = {name: state.manifest.shards[name] for name in state.finished}
-        results = _quantize(options, plan, mine, settings)
-        health = _judge(options, results)
-        _finish(options.output_dir, checkpoint, plan)
-    finally:
-        lock.release()
-    measurements = [m for r in results for m in r.measurements]
-    problems = [p for r in results for p in r.problems]
-    report.print_summary(printer, plan, str(options.calibration), measurements, problems, health, covered)
-    return health.verdict if health else Zone.GOOD
-
-
-def _open_statistics(options: Options, plan: Plan, warn) -> tuple[Statistics | None, int | None]:
     if options.activation_stats is None:
-        return None, None
+        return plan, None, None
     statistics = Statistics(options.activation_stats)
     covered = statistics.check((m.weight.name, m.columns) for m in plan.matrices)
-    total = sum(len(s.matrices) for s in plan.shards)
     if not options.calibration.uses_activations:
-        warn(f"--calib_mode {options.calibration.mode} does not use the activation statistics")
-        return None, covered
+        talk.warn(f"--calib_mode {options.calibration.mode} does not use the activation statistics")
+        return plan, None, covered
     if covered == 0:
         raise Fp8Error(
             f"{printable(options.activation_stats)}: no entry matches a quantized tensor; "
             "collect statistics from this model"
         )
-    if covered < total:
-        warn(f"{total - covered} of {total} tensors have no activation statistics; a_j = 1 for them")
-    return statistics, covered
+    if total := sum(1 for _ in plan.matrices) - covered:
+        talk.warn(f"{total} of {total + covered} tensors have no activation statistics; a_j = 1 for them")
+    return plan, statistics, covered
+
+
+def _dry_run(options: Options, talk: Talk, ranks: Ranks) -> Zone:
+    if ranks.is_main:
+        plan, _, _ = _plan(options, talk)
+        report.print_plan(plan, talk.printer)
+    return _agree(ranks, Zone.GOOD)
+
+
+def _agree(ranks: Ranks, verdict: Zone | None) -> Zone:
+    """Rank 0's verdict, on every rank."""
+    if ranks.is_main:
+        ranks.publish("verdict", int(verdict))
+        return verdict
+    return Zone(ranks.wait_for("verdict"))
+
+
+# --- quantizing --------------------------------------------------------------------------------
+
+
+def _quantize(options: Options, talk: Talk, ranks: Ranks) -> Zone:
+    # Rank 0 refuses for all: the others say and do nothing before it has agreed.
+    todo = None if ranks.is_main else Todo(**ranks.wait_for("todo"))
+    plan, statistics, covered = _plan(options, talk)
+    settings = _pipeline_settings(options, statistics, ranks)
+    if todo is not None:
+        _work_for_main(ranks, settings, options.output_dir, _work(options, plan, settings, ranks, todo))
+        return _agree(ranks, None)
+
+    mine = Manifest(
+        settings=_settings(options, statistics),
+        inputs={s.name: manifest.identity(s) for s in plan.checkpoint.shards},
+        extra_files=[p.as_posix() for p in plan.checkpoint.extra_files],
+    )
+    state = output_dir.inspect(options.output_dir, plan, mine, options.overwrite)
+    output_dir.check_space(options.output_dir, plan, state)
+    with closing(output_dir.Lock(options.output_dir)):
+        results, todo = _resume(options, plan, state, mine)
+        output_dir.prepare(options.output_dir, state, complete=not todo.quantize)
+        mine.save(options.output_dir)
+
+        def record(result: ShardResult) -> None:
+            known = mine.shards.get(result.name, {}).get("sha256")
+            result = replace(result, sha256=result.sha256 or known)
+            results[result.name] = result
+            mine.shards[result.name] = manifest.to_record(result, _verification(options))
+            mine.save(options.output_dir)
+
+        ranks.publish("todo", asdict(todo))
+        work = _work(options, plan, settings, ranks, todo)
+        total = sum(s.input_bytes for s in plan.shards if s.name in todo.quantize)
+        _work_and_gather(options, settings, ranks, work, todo.count, total, record)
+        _finish(options, plan, results)
+    ordered = [results[s.name] for s in plan.shards]
+    label, totals = str(options.calibration), report.Totals.of(plan)
+    return _agree(ranks, _summarize(options, talk, label, ordered, totals, covered))
+
+
+@dataclass(frozen=True, slots=True)
+class Todo:
+    """Names of the shards that are to be quantized, and of those that only need verification."""
+
+    quantize: list[str]
+    verify: list[str]
+
+    @property
+    def count(self) -> int:
+        return len(self.quantize) + len(self.verify)
 
 
 def _settings(options: Options, statistics: Statistics | None) -> dict:
@@ -123,59 +193,162 @@ def _verification(options: Options) -> dict | None:
     return {"samples": samples, "seed": options.seed}
 
 
-def _pipeline_settings(options: Options, statistics: Statistics | None):
-    from fp8lib import pipeline
+def _pipeline_settings(options: Options, statistics: Statistics | None, ranks: Ranks):
+    from fp8lib import lanes, pipeline
 
-    device = pipeline.choose_device(options.device)
+    device = lanes.choose_device(options.device, ranks.local_rank)
     return pipeline.Settings(
         calibration=options.calibration,
         statistics=statistics,
         device=device,
-        workers=options.workers or pipeline.default_workers(device),
+        workers=options.workers or lanes.default_workers(device, ranks.local_world),
         verify_samples=options.verify_samples,
         verify=options.verify,
         seed=options.seed,
+        checksums=options.checksums,
     )
 
 
-def _quantize(options: Options, plan: Plan, mine: Manifest, settings) -> list[ShardResult]:
-    """Write and verify every shard that is not done; results of all shards, in the plan's order."""
-    from fp8lib.pipeline import process_shards
+def _resume(
+    options: Options, plan: Plan, state: output_dir.State, mine: Manifest
+) -> tuple[dict[str, ShardResult], Todo]:
+    """Take over an earlier run's finished shards: the results that still stand, and what is left to do."""
+    results, todo = {}, Todo([], [])
+    for shard in plan.shards:
+        record = state.manifest.shards.get(shard.name) if shard.name in state.finished else None
+        if record is None or (options.checksums and not record.get("sha256")):
+            todo.quantize.append(shard.name)
+            continue
+        mine.shards[shard.name] = record
+        if result := manifest.from_record(shard.name, record, _verification(options)):
+            results[shard.name] = result
+        else:
+            todo.verify.append(shard.name)
+    return results, todo
 
-    verification = _verification(options)
-    results: dict[str, ShardResult] = {}
-    written = frozenset(mine.shards)
-    for name, record in list(mine.shards.items()):
-        if result := manifest.from_record(name, record, verification):
-            results[name] = result
-    mine.save(options.output_dir)
-    todo = [s for s in plan.shards if s.name not in results]
-    total = sum(s.input_bytes for s in todo)
-    with report.Progress(total, len(todo), options.quiet) as progress:
-        done = process_shards(todo, options.output_dir, settings, progress.advance, written)
-        with closing(done):
+
+def _work(options: Options, plan: Plan, settings, ranks: Ranks, todo: Todo) -> list:
+    """Everything there is to do, the same list on every rank."""
+    from fp8lib import pipeline
+
+    shards = {s.name: s for s in plan.shards}
+    units = pipeline.divide([shards[name] for name in todo.quantize], ranks.world, settings.checksums)
+    return units + [pipeline.written_as_planned(shards[name], options.output_dir) for name in todo.verify]
+
+
+def _work_for_main(ranks: Ranks, settings, folder: Path, work: list) -> None:
+    """Another rank's share: results go to rank 0."""
+    with closing(_process(ranks, settings, folder, work, lambda name, count: ranks.progress(count))) as done:
+        for result in done:
+            ranks.send_result([result.name, manifest.to_record(result, None)])
+    ranks.look()
+
+
+def _work_and_gather(
+    options: Options,
+    settings,
+    ranks: Ranks,
+    work: list,
+    expected: int,
+    total_bytes: int,
+    record: Callable[[ShardResult], None],
+) -> None:
+    """Rank 0's share of the work, and the results of all ranks as they come."""
+    with report.Progress(total_bytes, expected, options.quiet) as progress:
+
+        def finished(result: ShardResult) -> None:
+            record(result)
+            progress.finished(result.name)
+
+        def receive() -> None:
+            for name, body in ranks.new_results():
+                finished(manifest.from_record(name, body, None))
+
+        def on_bytes(name: str, count: int) -> None:
+            if (total := ranks.progress(count)) is not None:
+                progress.show(name, total)
+                receive()
+
+        with closing(_process(ranks, settings, options.output_dir, work, on_bytes)) as done:
             for result in done:
-                results[result.name] = result
-                mine.shards[result.name] = manifest.to_record(result, verification)
-                mine.save(options.output_dir)
-                progress.finished(result.name)
-    return [results[s.name] for s in plan.shards]
+                finished(result)
+        while progress.done < expected:
+            progress.show("", ranks.look_again())
+            receive()
 
 
-def _judge(options: Options, results: list[ShardResult]) -> Health | None:
-    if not options.verify:
-        return None
-    return judge(
-        [m for r in results for m in r.measurements],
-        [p for r in results for p in r.problems],
-        options.calibration.mode,
-        options.calibration.clips,
+def _process(ranks: Ranks, settings, folder: Path, work: list, on_bytes) -> Iterator[ShardResult]:
+    from fp8lib import pipeline
+
+    return pipeline.process(
+        ranks.claims(work),
+        folder,
+        settings,
+        on_bytes,
+        lambda unit: ranks.count(f"parts of {unit.plan.name}") == unit.parts,
     )
 
 
-def _finish(folder: Path, checkpoint: Checkpoint, plan: Plan) -> None:
+def _finish(options: Options, plan: Plan, results: dict[str, ShardResult]) -> None:
     """Everything beside the shards; config.json last."""
+    folder, checkpoint = options.output_dir, plan.checkpoint
     for relative in checkpoint.extra_files:
         copy_file(checkpoint.root / relative, folder / relative)
+    if options.checksums:
+        lines = "".join(f"{results[s.name].sha256}  {s.name}\n" for s in plan.shards)
+        write_file(folder / output_dir.CHECKSUMS, lines.encode())
     write_file(folder / INDEX, to_json(plan.index()))
-    write_file(folder / CONFIG, to_json(plan.config()))
+    if not any(r.problems for r in results.values()):
+        write_file(folder / CONFIG, to_json(plan.config()))
+
+
+# --- verifying ---------------------------------------------------------------------------------
+
+
+def _verify_only(options: Options, talk: Talk, ranks: Ranks) -> Zone:
+    from fp8lib import pipeline
+    from fp8lib.pairing import pair_directories
+
+    original, quantized = open_checkpoint(options.input_dir), open_checkpoint(options.output_dir)
+    settings = _pipeline_settings(options, None, ranks)
+    work = [
+        pipeline.Written(shard.name, shard.size, tuple(pairs), tuple(problems))
+        for shard, pairs, problems in pair_directories(original, quantized)
+    ]
+    if not ranks.is_main:
+        _work_for_main(ranks, settings, options.output_dir, work)
+        return _agree(ranks, None)
+    if "quantization_config" not in quantized.config:
+        problem = f"{CONFIG}: has no quantization_config, so no engine will read the weights as FP8"
+        work[0] = replace(work[0], problems=(*work[0].problems, problem))
+    results: dict[str, ShardResult] = {}
+    _work_and_gather(
+        options, settings, ranks, work, len(work), 0, lambda result: results.update({result.name: result})
+    )
+    earlier = manifest.load(options.output_dir)
+    calibration = earlier.settings.get("calibration") if earlier else None
+    fp8 = sum(len(item.pairs) for item in work)
+    kept = sum(len(shard.tensors) for shard in quantized.shards) - 2 * fp8
+    ordered = [results[item.name] for item in work]
+    label = f"{calibration or 'unknown'} (verify only)"
+    return _agree(ranks, _summarize(options, talk, label, ordered, report.Totals(len(work), fp8, kept), None))
+
+
+def _summarize(
+    options: Options,
+    talk: Talk,
+    calibration: str,
+    results: list[ShardResult],
+    totals: report.Totals,
+    covered: int | None,
+) -> Zone:
+    """Print the summary; returns the verdict."""
+    measurements = [m for r in results for m in r.measurements]
+    problems = [p for r in results for p in r.problems]
+    health = None
+    if options.verify:
+        mode = options.calibration
+        health = judge(measurements, problems, mode.mode, mode.clips and not options.verify_only)
+    failed = sum(bool(r.problems) for r in results)
+    report.print_summary(talk.printer, totals, failed, calibration, measurements, problems, health, covered)
+    return health.verdict if health else Zone.GOOD

@@ -25,12 +25,14 @@ class ShardResult:
     Attributes:
         name: file name.
         size: bytes of the output file.
+        sha256: of the output file, or None if it was not asked for.
         measurements: of the matrices that were spot-checked.
         problems: structural deviations, one line each.
     """
 
     name: str
     size: int
+    sha256: str | None
     measurements: tuple[Measurement, ...]
     problems: tuple[str, ...]
 
@@ -111,6 +113,7 @@ def to_record(result: ShardResult, verification: dict | None) -> dict:
     """A shard's result as JSON; `verification` says how it was checked, None if it was not."""
     return {
         "size": result.size,
+        "sha256": result.sha256,
         "verification": verification,
         "measurements": [
             {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in asdict(m).items()}
@@ -129,6 +132,6 @@ def from_record(name: str, record: dict, verification: dict | None) -> ShardResu
             Measurement(m["name"], *(float(m[k]) for k in ("cosine", "mean_abs", "max_abs", "amax")))
             for m in record["measurements"]
         )
-        return ShardResult(name, record["size"], measurements, tuple(record["problems"]))
+        return ShardResult(name, record["size"], record["sha256"], measurements, tuple(record["problems"]))
     except (KeyError, TypeError, ValueError):
         return None

@@ -140,18 +140,25 @@ class Lock:
             os.close(self._fd)
             raise Fp8Error(f"{printable(folder)}: another run is writing to it; wait for it to end") from None
 
-    def release(self) -> None:
+    def close(self) -> None:
         with suppress(OSError):
             self._path.unlink()
         os.close(self._fd)
 
 
-def prepare(folder: Path, state: State) -> None:
+def prepare(folder: Path, state: State, complete: bool) -> None:
     """Remove what an interrupted run left half written, and what `--overwrite` replaces.
+
+    Args:
+        folder: the output directory.
+        state: what `inspect` found.
+        complete: no shard is going to be written; otherwise config.json goes first, so that no engine
+            takes the directory for a model meanwhile.
 
     Raises:
         Fp8Error: a file cannot be removed.
     """
-    for path in (*state.remove, *(p for p in folder.iterdir() if is_partial(p.name))):
+    config = () if complete else (folder / CONFIG,)
+    for path in (*config, *state.remove, *(p for p in folder.iterdir() if is_partial(p.name))):
         with refusing_disk_errors(path):
             path.unlink(missing_ok=True)

@@ -10,17 +10,16 @@ Memory is workers x piece, whatever the size of a tensor or a shard. Nothing a w
 another piece, so neither the number of workers nor the size of a piece can change a byte.
 
 The calling thread hands out pieces in order, at most two per worker ahead, and is the only one that
-touches progress, results and shards' beginnings and ends; waiting for the disk to make a finished shard
-durable is left to a thread of its own.
+touches progress, results and shards' beginnings and ends. Waiting for the disk to make a finished shard
+durable is left to a thread of its own; meanwhile the next shard is under way.
 """
 
-import ctypes
-import os
+import hashlib
+import math
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,22 +27,29 @@ import torch
 
 from fp8lib import Fp8Error, verify
 from fp8lib.checkpoint import printable
+from fp8lib.lanes import DTYPES, Files, Lane, as_bytes, keep_freed_memory
 from fp8lib.manifest import ShardResult
+from fp8lib.modes import Calibration
 from fp8lib.plan import Matrix, Passthrough, ShardPlan
 from fp8lib.rules import BLOCK, blocks
-from fp8lib.scales import Calibration, quantize_blocks
+from fp8lib.scales import quantize_blocks
 from fp8lib.stats import Statistics
+from fp8lib.verify import Errors, Pair
 from fp8lib.writer import ShardWriter
-
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 CPU_PIECE = 512 * 1024
 """Weights in a piece on the CPU: its float32 temporaries of 2 MB stay in a core's share of the cache."""
 CUDA_PIECE = 16 * 1024 * 1024
 """Weights in a piece on CUDA: 32 MB of BF16, enough for the copy engine to reach its full rate."""
 VERIFY_PIECE = 512 * 1024
-"""Weights in a piece of verification; fixed, because float sums depend on it."""
+"""Weights in a piece of verification; the same everywhere, because sums of floats depend on it."""
 _COPY_PIECE = 4 * 1024 * 1024
+_UNITS_PER_RANK = 10
+_SMALLEST_UNIT = 16 * 1024 * 1024
+"""Bytes below which dividing a shard costs more than it evens out."""
+
+Task = tuple[Callable[[Lane], object], Callable[[object], None]]
+"""What a worker does with its lane, and what the scheduling thread does with the outcome."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +64,7 @@ class Settings:
         verify_samples: matrices per shard to measure; None for all of them.
         verify: False skips verification altogether.
         seed: of the sample.
+        checksums: compute the SHA-256 of every shard from the bytes as they are written.
         piece: weights per piece, 0 for the device's default.
     """
 
@@ -68,61 +75,100 @@ class Settings:
     verify_samples: int | None = 5
     verify: bool = True
     seed: int = 0
+    checksums: bool = False
     piece: int = 0
 
+    @property
+    def piece_weights(self) -> int:
+        return self.piece or (CUDA_PIECE if self.device.type == "cuda" else CPU_PIECE)
 
-def choose_device(name: str) -> torch.device:
-    """The torch device of `auto`, `cpu`, `cuda` or `cuda:N`.
 
-    Raises:
-        Fp8Error: not such a name, or no such device here.
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A shard to quantize, or one of several parts of it that different processes work on."""
+
+    plan: ShardPlan
+    part: int = 0
+    parts: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A complete shard on disk that is to be verified.
+
+    Attributes:
+        name, size: of the file.
+        pairs: its FP8 weights, in the order of the file.
+        problems: what is already known to be wrong with its structure.
     """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise Fp8Error(f"--device {printable(name)}: use auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise Fp8Error(f"--device {name}: {torch.cuda.device_count()} CUDA devices here; use --device cpu")
-    return device
+
+    name: str
+    size: int
+    pairs: tuple[Pair, ...]
+    problems: tuple[str, ...]
 
 
-def default_workers(device: torch.device) -> int:
-    """One per core the process may use; on CUDA no more than keep one device busy."""
-    cores = len(os.sched_getaffinity(0))
-    return min(cores, 4) if device.type == "cuda" else cores
+def divide(shards: list[ShardPlan], ranks: int, whole: bool) -> list[Unit]:
+    """The work of quantizing some shards, for any number of processes to take from.
+
+    Args:
+        shards: to quantize.
+        ranks: processes that will take them. For one, shards stay whole and in order. For more, the
+            largest come first, and what is larger than a tenth of a rank's share is divided, so that
+            the last ranks at work finish close together and one large file keeps all of them busy.
+        whole: never divide a shard (a checksum needs all its bytes in one process).
+    """
+    if ranks == 1:
+        return [Unit(shard) for shard in shards]
+    share = sum(s.input_bytes for s in shards) / ranks / _UNITS_PER_RANK
+    units = []
+    for shard in sorted(shards, key=lambda s: (-s.input_bytes, s.name)):
+        parts = 1 if whole else max(math.ceil(shard.input_bytes / max(share, _SMALLEST_UNIT)), 1)
+        units += [Unit(shard, part, parts) for part in range(parts)]
+    return units
 
 
-def process_shards(
-    shards: list[ShardPlan],
+def written_as_planned(plan: ShardPlan, folder: Path) -> Written:
+    """A shard that an earlier run completed, to be verified again."""
+    path = folder / plan.name
+    pairs, problems = verify.planned_pairs(plan, path), verify.structural_problems(plan, path)
+    return Written(plan.name, plan.size, tuple(pairs), tuple(problems))
+
+
+def process(
+    work: Iterable[Unit | Written],
     output: Path,
     settings: Settings,
-    on_bytes: Callable[[ShardPlan, int], None] = lambda shard, count: None,
-    written: frozenset[str] = frozenset(),
+    on_bytes: Callable[[str, int], None] = lambda name, count: None,
+    is_last_part: Callable[[Unit], bool] = lambda unit: True,
 ) -> Iterator[ShardResult]:
     """Quantize, write and verify shards, yielding each result once its file is durable.
 
     Args:
-        shards: what to do, in this order.
+        work: what to do, in this order; taken from the iterable one by one, when a worker is free.
         output: an existing directory.
         settings: how.
-        on_bytes: called in this thread with (shard, input bytes done since the last call).
-        written: names of shards that are complete and only need verification.
+        on_bytes: called in this thread with (shard's name, input bytes done since the last call).
+        is_last_part: called, from another thread, when a part is durable: whether it was the shard's
+            last, so that this process completes the shard. Only then is there a result.
 
     Raises:
         Fp8Error: unreadable input, NaN or infinity in a weight, a full disk. No partial file is left.
     """
-    _keep_freed_memory()
+    keep_freed_memory()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # parallelism comes from the workers
-    scheduler = _Scheduler(output, settings, on_bytes)
+    scheduler = _Scheduler(output, settings, on_bytes, is_last_part)
     try:
-        yield from scheduler.run(shards, written)
+        yield from scheduler.run(work)
+        scheduler.stop(wait_for_disk=True)
+    except Exception:
+        scheduler.stop(wait_for_disk=True)
+        raise
+    except BaseException:  # interrupted: a slow disk must not keep the user waiting
+        scheduler.stop(wait_for_disk=False)
+        raise
     finally:
-        scheduler.stop()
         torch.set_num_threads(threads)
 
 
@@ -131,174 +177,171 @@ def rows_per_piece(columns: int, weights: int) -> int:
     return max(weights // columns // BLOCK, 1) * BLOCK
 
 
-def _keep_freed_memory() -> None:
-    """Let glibc keep freed buffers instead of returning them to the kernel.
-
-    Kernels allocate their temporaries afresh for every piece. CUDA's allocator caches them; glibc maps
-    and unmaps each, and the page faults cost more than the arithmetic. Elsewhere this does nothing.
-    """
-    with suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its upper limit
-        mallopt(-1, 256 << 20)  # M_TRIM_THRESHOLD
-
-
-# --- one worker --------------------------------------------------------------------------------
-
-
-class _Lane:
-    """What one worker thread owns: host buffers that are used again for every piece, a CUDA stream."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._buffers: dict[str, torch.Tensor] = {}
-        self._importance: tuple[str, torch.Tensor | None] = ("", None)
-
-    def host(self, name: str, nbytes: int) -> torch.Tensor:
-        """A uint8 host buffer of this length, pinned on CUDA; valid until the name is asked for again."""
-        buffer = self._buffers.get(name)
-        if buffer is None or buffer.numel() < nbytes:
-            buffer = torch.empty(nbytes, dtype=torch.uint8, pin_memory=self.stream is not None)
-            self._buffers[name] = buffer
-        return buffer[:nbytes]
-
-    def read(self, fd: int, name: str, start: int, nbytes: int, path: Path) -> torch.Tensor:
-        """Bytes of a file in the buffer `name`, uint8 [nbytes]."""
-        buffer = self.host(name, nbytes)
-        read_into(fd, buffer, start, path)
-        return buffer
-
-    def to_device(self, host: torch.Tensor) -> torch.Tensor:
-        return host if self.stream is None else host.to(self.device, non_blocking=True)
-
-    def to_host(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Bytes of a device tensor in host memory; on CUDA readable after `synchronize`."""
-        flat = tensor.contiguous().view(torch.uint8).reshape(-1)
-        if self.stream is None:
-            return flat
-        buffer = self.host(name, flat.numel())
-        buffer.copy_(flat, non_blocking=True)
-        return buffer
-
-    def synchronize(self) -> None:
-        if self.stream is not None:
-            self.stream.synchronize()
-
-    def importance(self, matrix: Matrix, statistics: Statistics | None) -> torch.Tensor | None:
-        """a_j of a matrix on the device; the last one is kept, as pieces of a matrix follow each other."""
-        if statistics is None:
-            return None
-        name = matrix.weight.name
-        if self._importance[0] != name:
-            values = statistics.importance(name, matrix.columns)
-            on_device = None if values is None else torch.from_numpy(values).to(self.device)
-            self._importance = (name, on_device)
-        return self._importance[1]
-
-
-def read_into(fd: int, buffer: torch.Tensor, start: int, path: Path) -> None:
-    """Fill a uint8 host tensor from a file.
-
-    Raises:
-        Fp8Error: the file ends early or cannot be read.
-    """
-    view, done = memoryview(buffer.numpy()), 0
-    while done < len(view):
-        try:
-            count = os.preadv(fd, [view[done:]], start + done)
-        except OSError as error:
-            raise Fp8Error(f"{printable(path)}: cannot be read ({error.strerror})") from None
-        if count == 0:
-            raise Fp8Error(f"{printable(path)}: became shorter while it was read; restore it and resume")
-        done += count
-
-
-def _as_bytes(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.numpy())
+def _row_ranges(rows: int, columns: int, weights: int) -> Iterator[tuple[int, int]]:
+    step = rows_per_piece(columns, weights)
+    for first in range(0, rows, step):
+        yield first, min(first + step, rows)
 
 
 # --- one shard ---------------------------------------------------------------------------------
+
+
+class _OrderedDigest:
+    """SHA-256 of a file whose bytes arrive nearly in order; what is early waits in memory.
+
+    Only a shard's scales are early, 1/8192 of its weights' bytes.
+    """
+
+    def __init__(self, header: bytes) -> None:
+        self._hash = hashlib.sha256(header)
+        self._end = len(header)
+        self._waiting: dict[int, bytes] = {}
+
+    def add(self, start: int, data: bytes) -> None:
+        self._waiting[start] = data
+        while (data := self._waiting.pop(self._end, None)) is not None:
+            self._hash.update(data)
+            self._end += len(data)
+
+    def hexdigest(self, size: int) -> str:
+        if self._end != size:
+            raise AssertionError(f"{size - self._end} bytes of the file were not written")
+        return self._hash.hexdigest()
 
 
 @dataclass(slots=True)
 class _Job:
     """A shard under way. Only the scheduling thread changes it, apart from `broken`."""
 
-    plan: ShardPlan
-    path: Path
-    source_fd: int
-    writer: ShardWriter | None
+    name: str
+    size: int
     settings: Settings
-    output_fd: int = -1
+    files: Files = field(default_factory=Files)
+    unit: Unit | None = None
+    writer: ShardWriter | None = None
+    digest: _OrderedDigest | None = None
+    broken: set[str] = field(default_factory=set)
+    pairs: tuple[Pair, ...] = ()
+    problems: list[str] = field(default_factory=list)
+    measured: dict[str, list[Errors]] = field(default_factory=dict)
     outstanding: int = 0
     all_submitted: bool = False
-    broken: set[str] = field(default_factory=set)
-    errors: dict[int, list] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
+    stage: str = "quantize"
 
-    def quantize_rows(self, lane: _Lane, matrix: Matrix, first: int, last: int) -> int:
-        """Rows first..last of a matrix, from file to file. Returns the input bytes done."""
+    # Quantization.
+
+    def quantization(self, on_bytes: Callable[[str, int], None]) -> Iterator[Task]:
+        """This unit's share of the shard's pieces, in the order of the output file."""
+        plan, (part, parts) = self.unit.plan, (self.unit.part, self.unit.parts)
+        pieces = [(self._copy, item, *span) for item in plan.passthrough for span in _byte_ranges(item)]
+        pieces += [
+            (self._quantize, matrix, *span)
+            for matrix in plan.matrices
+            for span in _row_ranges(matrix.rows, matrix.columns, self.settings.piece_weights)
+        ]
+
+        def settle(outcome: tuple[int, list[tuple[int, bytes]]]) -> None:
+            count, written = outcome
+            for start, data in written:
+                self.digest.add(start, data)
+            on_bytes(self.name, count)
+
+        first, last = len(pieces) * part // parts, len(pieces) * (part + 1) // parts
+        for function, *arguments in pieces[first:last]:
+            yield (lambda lane, f=function, a=arguments: f(lane, *a)), settle
+
+    def _write(self, *chunks: tuple[int, memoryview]) -> list[tuple[int, bytes]]:
+        """Write (offset, data) chunks; returns copies of them if they are to be hashed."""
+        for start, data in chunks:
+            self.writer.write(start, data)
+        return [(start, bytes(data)) for start, data in chunks] if self.digest else []
+
+    def _quantize(self, lane: Lane, matrix: Matrix, first: int, last: int) -> tuple[int, list]:
+        """Rows first..last of a matrix, from file to file. Returns (input bytes, chunks to hash)."""
         nbytes = (last - first) * matrix.input_row_bytes
         start = matrix.start + first * matrix.input_row_bytes
-        raw = lane.read(self.source_fd, "in", start, nbytes, self.plan.source.path)
-        host = raw.view(_DTYPES[matrix.dtype]).view(last - first, matrix.columns)
-        importance = lane.importance(matrix, self.settings.statistics)
-        codes, scales = quantize_blocks(lane.to_device(host), self.settings.calibration, importance)
+        raw = lane.read("in", self.files, self.unit.plan.source.path, start, nbytes)
+        host = raw.view(DTYPES[matrix.dtype]).view(last - first, matrix.columns)
+        codes, scales = quantize_blocks(
+            lane.to_device(host), self.settings.calibration, self._importance(lane, matrix)
+        )
         codes, scales = lane.to_host("codes", codes), lane.to_host("scales", scales)
         lane.synchronize()
         if not bool(scales.view(torch.bfloat16).isfinite().all()):
             self.broken.add(matrix.weight.name)
         scale_row_bytes = 2 * blocks(matrix.columns)
-        self.writer.write(matrix.weight.start + first * matrix.columns, _as_bytes(codes))
-        self.writer.write(matrix.scale.start + first // BLOCK * scale_row_bytes, _as_bytes(scales))
-        return nbytes
-
-    def copy_bytes(self, lane: _Lane, item: Passthrough, first: int, last: int) -> int:
-        """Bytes first..last of a tensor that is kept. Returns how many."""
-        raw = lane.read(self.source_fd, "in", item.start + first, last - first, self.plan.source.path)
-        self.writer.write(item.output.start + first, _as_bytes(raw))
-        return last - first
-
-    def check_scales(self, lane: _Lane, matrix: Matrix) -> str | None:
-        raw = lane.read(self.output_fd, "in", matrix.scale.start, matrix.scale.nbytes, self.path)
-        return verify.scale_problem(matrix.weight.name, raw.view(torch.bfloat16))
-
-    def measure_rows(self, lane: _Lane, matrix: Matrix, first: int, last: int) -> verify.Errors:
-        """Error of rows first..last of a matrix, both files read again."""
-        rows, start = last - first, matrix.start + first * matrix.input_row_bytes
-        row_blocks, column_blocks = blocks(rows), blocks(matrix.columns)
-        scale_start = matrix.scale.start + first // BLOCK * 2 * column_blocks
-        weights = lane.read(self.source_fd, "in", start, rows * matrix.input_row_bytes, self.plan.source.path)
-        codes = lane.read(
-            self.output_fd,
-            "codes",
-            matrix.weight.start + first * matrix.columns,
-            rows * matrix.columns,
-            self.path,
+        return nbytes, self._write(
+            (matrix.weight.start + first * matrix.columns, as_bytes(codes)),
+            (matrix.scale.start + first // BLOCK * scale_row_bytes, as_bytes(scales)),
         )
-        scales = lane.read(self.output_fd, "scales", scale_start, 2 * row_blocks * column_blocks, self.path)
-        return verify.measure(
-            lane.to_device(weights.view(_DTYPES[matrix.dtype]).view(rows, matrix.columns)),
-            lane.to_device(codes.view(torch.float8_e4m3fn).view(rows, matrix.columns)),
-            lane.to_device(scales.view(torch.bfloat16).view(row_blocks, column_blocks)),
-        )
+
+    def _importance(self, lane: Lane, matrix: Matrix) -> torch.Tensor | None:
+        if self.settings.statistics is None:
+            return None
+        values = self.settings.statistics.importance(matrix.weight.name, matrix.columns)
+        return None if values is None else lane.to_device(torch.from_numpy(values))
+
+    def _copy(self, lane: Lane, item: Passthrough, first: int, last: int) -> tuple[int, list]:
+        """Bytes first..last of a tensor that is kept. Returns (input bytes, chunks to hash)."""
+        raw = lane.read("in", self.files, self.unit.plan.source.path, item.start + first, last - first)
+        return last - first, self._write((item.output.start + first, as_bytes(raw)))
+
+    def refuse_broken(self) -> None:
+        if self.broken:
+            names = sorted(map(printable, self.broken))
+            shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if names[10:] else "")
+            raise Fp8Error(f"{self.name}: NaN or infinity in {shown}; repair the input model")
+
+    def make_durable(self, is_last_part: Callable[[Unit], bool]) -> bool:
+        """Give the output its name, if this was its last part. Runs in the committing thread."""
+        if self.unit.parts > 1:
+            self.writer.sync()
+            if not is_last_part(self.unit):
+                self.writer.release()
+                return False
+        self.writer.commit()
+        return True
+
+    # Verification.
+
+    def verification(self) -> Iterator[Task]:
+        def note(problem: str | None) -> None:
+            if problem:
+                self.problems.append(problem)
+
+        for pair in self.pairs:
+            yield (lambda lane, p=pair: verify.read_and_check_scales(lane, self.files, p)), note
+        settings = self.settings
+        for pair in verify.sample(self.pairs, settings.verify_samples, settings.seed, self.name):
+            pieces = self.measured.setdefault(pair.name, [])
+            for span in _row_ranges(pair.rows, pair.columns, VERIFY_PIECE):
+                yield (
+                    lambda lane, p=pair, s=span: verify.read_and_measure(lane, self.files, p, *s),
+                    pieces.append,
+                )
+
+    # End.
 
     def close(self) -> None:
-        """Release files; removes the partial output if the shard was not committed."""
+        """Release files; removes the partial output of a shard that was not completed."""
         if self.writer is not None:
             self.writer.abandon()
-        for fd in (self.source_fd, self.output_fd):
-            if fd >= 0:
-                os.close(fd)
-        self.source_fd = self.output_fd = -1
+            self.writer = None
+        self.files.close()
 
     def result(self) -> ShardResult:
-        measurements = tuple(
-            verify.combine(self.plan.matrices[i].weight.name, pieces)
-            for i, pieces in sorted(self.errors.items())
+        return ShardResult(
+            self.name,
+            self.size,
+            self.digest.hexdigest(self.size) if self.digest else None,
+            tuple(verify.combine(name, pieces) for name, pieces in self.measured.items()),
+            tuple(self.problems),
         )
-        return ShardResult(self.plan.name, self.plan.size, measurements, tuple(self.problems))
+
+
+def _byte_ranges(item: Passthrough) -> Iterator[tuple[int, int]]:
+    for first in range(0, item.output.nbytes, _COPY_PIECE):
+        yield first, min(first + _COPY_PIECE, item.output.nbytes)
 
 
 # --- all shards --------------------------------------------------------------------------------
@@ -307,88 +350,73 @@ class _Job:
 class _Scheduler:
     """Hands pieces to worker threads, in order, and sees every shard through its stages.
 
-    A shard is quantized, committed (fsync and rename, by a thread of its own) and verified. The next
-    shard's pieces are handed out while the one before is committed and verified.
+    quantize -> commit (fsync and rename, by a thread of its own) -> verify -> done
     """
 
-    def __init__(self, output: Path, settings: Settings, on_bytes: Callable[[ShardPlan, int], None]) -> None:
+    def __init__(
+        self,
+        output: Path,
+        settings: Settings,
+        on_bytes: Callable[[str, int], None],
+        is_last_part: Callable[[Unit], bool],
+    ) -> None:
         self.output = output
         self.settings = settings
         self.on_bytes = on_bytes
-        self.piece = settings.piece or (CUDA_PIECE if settings.device.type == "cuda" else CPU_PIECE)
+        self.is_last_part = is_last_part
         self.workers = ThreadPoolExecutor(settings.workers, thread_name_prefix="worker")
         self.committer = ThreadPoolExecutor(1, thread_name_prefix="commit")
         self.in_flight: deque[tuple[_Job, Future, Callable[[object], None]]] = deque()
         self.committing: deque[tuple[_Job, Future]] = deque()
         self.jobs: list[_Job] = []
-        self.finished: deque[_Job] = deque()
-        self.lane = threading.local()
+        self.done: deque[ShardResult] = deque()
+        self.thread = threading.local()
 
-    def run(self, shards: list[ShardPlan], written: frozenset[str]) -> Iterator[ShardResult]:
-        for plan in shards:
-            job = self._open(plan)
-            if plan.name in written:
-                self.on_bytes(plan, plan.input_bytes)
-                self._verify(job)
+    def run(self, work: Iterable[Unit | Written]) -> Iterator[ShardResult]:
+        for item in work:
+            if isinstance(item, Unit):
+                self._start(item)
             else:
-                job.writer = ShardWriter(job.path, plan.header, plan.size)
-                self._submit_all(job, self._quantization(job))
-            self._commit_ready()
+                self._verify_written(item)
+            self._collect_commits(wait=False)
             yield from self._results()
         while self.in_flight or self.committing:
             if self.in_flight:
                 self._settle_oldest()
-            self._commit_ready(wait=not self.in_flight)
+            self._collect_commits(wait=not self.in_flight)
             yield from self._results()
 
-    def stop(self) -> None:
+    def stop(self, wait_for_disk: bool) -> None:
         """Let running pieces end, drop the rest, remove partial files."""
         self.workers.shutdown(wait=True, cancel_futures=True)
-        self.committer.shutdown(wait=True, cancel_futures=True)
+        self.committer.shutdown(wait=wait_for_disk, cancel_futures=True)
         for job in self.jobs:
             job.close()
 
-    # Work of a shard: (function of a lane, what to do with its result in this thread).
-
-    def _quantization(self, job: _Job) -> Iterator[tuple[Callable, Callable]]:
-        def progress(count: int) -> None:
-            self.on_bytes(job.plan, count)
-
-        for item in job.plan.passthrough:
-            for first in range(0, item.output.nbytes, _COPY_PIECE):
-                last = min(first + _COPY_PIECE, item.output.nbytes)
-                yield _bind(job.copy_bytes, item, first, last), progress
-        for matrix in job.plan.matrices:
-            for first, last in _pieces(matrix, self.piece):
-                yield _bind(job.quantize_rows, matrix, first, last), progress
-
-    def _verification(self, job: _Job) -> Iterator[tuple[Callable, Callable]]:
-        def note(problem: str | None) -> None:
-            if problem:
-                job.problems.append(problem)
-
-        for matrix in job.plan.matrices:
-            yield _bind(job.check_scales, matrix), note
-        position = {m.weight.name: i for i, m in enumerate(job.plan.matrices)}
-        for matrix in verify.sample(job.plan, self.settings.verify_samples, self.settings.seed):
-            pieces = job.errors.setdefault(position[matrix.weight.name], [])
-            for first, last in _pieces(matrix, VERIFY_PIECE):
-                yield _bind(job.measure_rows, matrix, first, last), pieces.append
-
-    # Stages.
-
-    def _open(self, plan: ShardPlan) -> _Job:
-        try:
-            source = os.open(plan.source.path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise Fp8Error(f"{printable(plan.source.path)}: cannot be read ({error.strerror})") from None
-        job = _Job(plan, self.output / plan.name, source, None, self.settings)
+    def _start(self, unit: Unit) -> None:
+        plan = unit.plan
+        job = _Job(plan.name, plan.size, self.settings, unit=unit)
         self.jobs.append(job)
-        return job
+        job.writer = ShardWriter(self.output / plan.name, plan.header, plan.size, shared=unit.parts > 1)
+        if self.settings.checksums:
+            job.digest = _OrderedDigest(plan.header)
+        self._submit(job, job.quantization(self.on_bytes))
 
-    def _submit_all(self, job: _Job, work: Iterator[tuple[Callable, Callable]]) -> None:
+    def _verify_written(self, item: Written) -> None:
+        job = _Job(item.name, item.size, self.settings, pairs=item.pairs, problems=list(item.problems))
+        self.jobs.append(job)
+        self._verify(job)
+
+    def _verify(self, job: _Job) -> None:
+        """Start measuring a shard that is complete on disk."""
+        job.stage = "verify"
+        # What is not where it should be cannot be measured.
+        measurable = self.settings.verify and not job.problems
+        self._submit(job, job.verification() if measurable else ())
+
+    def _submit(self, job: _Job, tasks: Iterable[Task]) -> None:
         job.all_submitted = False
-        for function, then in work:
+        for function, then in tasks:
             while len(self.in_flight) >= 2 * self.settings.workers:
                 self._settle_oldest()
             job.outstanding += 1
@@ -396,12 +424,11 @@ class _Scheduler:
         job.all_submitted = True
         self._advance(job)
 
-    def _in_lane(self, function: Callable) -> object:
-        lane = getattr(self.lane, "value", None)
-        if lane is None:
-            lane = self.lane.value = _Lane(self.settings.device)
-        with torch.inference_mode(), torch.cuda.stream(lane.stream):
-            return function(lane)
+    def _in_lane(self, function: Callable[[Lane], object]) -> object:
+        if not hasattr(self.thread, "lane"):
+            self.thread.lane = Lane(self.settings.device)
+        with torch.inference_mode(), torch.cuda.stream(self.thread.lane.stream):
+            return function(self.thread.lane)
 
     def _settle_oldest(self) -> None:
         job, future, then = self.in_flight.popleft()
@@ -413,47 +440,34 @@ class _Scheduler:
         """Move a shard to its next stage once nothing of the present one is under way."""
         if job.outstanding or not job.all_submitted:
             return
-        if job.writer is None:  # verified
-            self.finished.append(job)
-            return
-        if job.broken:
-            names = sorted(printable(name) for name in job.broken)
-            shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if names[10:] else "")
-            raise Fp8Error(f"{job.plan.name}: NaN or infinity in {shown}; repair the input model")
-        self.committing.append((job, self.committer.submit(job.writer.commit)))
+        if job.stage == "quantize":
+            job.refuse_broken()
+            commit = self.committer.submit(job.make_durable, self.is_last_part)
+            self.committing.append((job, commit))
+        else:
+            self._close(job)
+            self.done.append(job.result())
 
-    def _commit_ready(self, wait: bool = False) -> None:
-        """Start verifying shards whose files are durable by now."""
+    def _collect_commits(self, wait: bool) -> None:
+        """Start verifying shards that are durable by now; wait for the oldest if asked to."""
         while self.committing and (wait or self.committing[0][1].done()):
-            job, future = self.committing.popleft()
-            future.result()
-            job.writer = None
-            self._verify(job)
             wait = False
+            job, commit = self.committing.popleft()
+            complete = commit.result()
+            job.writer = None
+            if not complete:
+                self._close(job)
+                continue
+            if self.settings.verify:
+                path = self.output / job.name
+                job.pairs = tuple(verify.planned_pairs(job.unit.plan, path))
+                job.problems = verify.structural_problems(job.unit.plan, path)
+            self._verify(job)
 
-    def _verify(self, job: _Job) -> None:
-        """Start measuring a shard that is complete on disk."""
-        if not self.settings.verify:
-            self.finished.append(job)
-            return
-        job.problems = verify.structural_problems(job.plan, job.path)
-        job.output_fd = os.open(job.path, os.O_RDONLY | os.O_CLOEXEC)
-        # What is not where the plan says cannot be measured by the plan's offsets.
-        self._submit_all(job, [] if job.problems else self._verification(job))
+    def _close(self, job: _Job) -> None:
+        self.jobs.remove(job)
+        job.close()
 
     def _results(self) -> Iterator[ShardResult]:
-        while self.finished:
-            job = self.finished.popleft()
-            self.jobs.remove(job)
-            job.close()
-            yield job.result()
-
-
-def _bind(method: Callable, *arguments: object) -> Callable[[_Lane], object]:
-    return lambda lane: method(lane, *arguments)
-
-
-def _pieces(matrix: Matrix, weights: int) -> Iterator[tuple[int, int]]:
-    step = rows_per_piece(matrix.columns, weights)
-    for first in range(0, matrix.rows, step):
-        yield first, min(first + step, matrix.rows)
+        while self.done:
+            yield self.done.popleft()

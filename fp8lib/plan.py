@@ -5,9 +5,9 @@ a plan says is what is written: the shard writer, the index, `modules_to_not_con
 the verifier all follow it.
 
 An output shard holds what its input shard held, a fused expert tensor as one matrix per expert and
-projection. Its tensors are laid out by element size, largest first (so that every tensor is aligned to
-its dtype, as the safetensors library does it), then in the order of the input, so that both files are
-walked front to back.
+projection. It is laid out so that it can be written front to back while the input is read front to back,
+with every tensor aligned to its dtype: first what is kept, by element size, then the FP8 weights (whose
+rows are multiples of 128 bytes), then their scales, then what is kept of one-byte dtypes.
 """
 
 import json
@@ -189,7 +189,7 @@ def make_plan(checkpoint: Checkpoint) -> Plan:
 # --- decisions ---------------------------------------------------------------------------------
 
 
-def _matrices_of(tensor: Tensor) -> list[tuple[str, int, int]]:
+def matrices_of(tensor: Tensor) -> list[tuple[str, int, int]]:
     """(output name, rows, columns) of each matrix the rules would quantize in a tensor, in byte order."""
     if part := fused_experts_part(tensor.name):
         experts, projection = part
@@ -224,7 +224,7 @@ def _unservable_groups(tensors: list[Tensor]) -> dict[str, str]:
                 f"{printable(tensor.name)}: {printable(tensor.dtype)} cannot be quantized; "
                 "BF16, F16 and F32 can"
             )
-        matrices = _matrices_of(tensor)
+        matrices = matrices_of(tensor)
         if not matrices:
             reasons.setdefault(group, f"{len(tensor.shape)}-D, not a matrix")
         elif why := unservable_shape(group, *matrices[0][1:]):
@@ -329,19 +329,28 @@ class _Draft:
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    kept: bool
+
+
+def _place(draft: _Draft) -> int:
+    """Where in the file a tensor goes, see the module's docstring; the sort is stable."""
+    if draft.kept:
+        item_size = ITEM_SIZE.get(draft.dtype, 1)
+        return 2 if item_size == 1 else -item_size
+    return 0 if draft.dtype == "F8_E4M3" else 1
 
 
 def _plan_shard(shard: Shard, kept_names: set[str]) -> ShardPlan:
     drafts: list[_Draft] = []
     for tensor in shard.tensors:
         if tensor.name in kept_names:
-            drafts.append(_Draft(tensor.name, tensor.dtype, tensor.shape, tensor.nbytes))
+            drafts.append(_Draft(tensor.name, tensor.dtype, tensor.shape, tensor.nbytes, True))
         else:
-            for name, rows, columns in _matrices_of(tensor):
+            for name, rows, columns in matrices_of(tensor):
                 scale = (blocks(rows), blocks(columns))
-                drafts.append(_Draft(name, "F8_E4M3", (rows, columns), rows * columns))
-                drafts.append(_Draft(f"{name}_scale_inv", "BF16", scale, 2 * scale[0] * scale[1]))
-    drafts.sort(key=lambda d: -ITEM_SIZE.get(d.dtype, 1))
+                drafts.append(_Draft(name, "F8_E4M3", (rows, columns), rows * columns, False))
+                drafts.append(_Draft(f"{name}_scale_inv", "BF16", scale, 2 * scale[0] * scale[1], False))
+    drafts.sort(key=_place)
     header, outputs = _lay_out(drafts, shard.metadata)
     matrices, passthrough = [], []
     for tensor in shard.tensors:
@@ -349,7 +358,7 @@ def _plan_shard(shard: Shard, kept_names: set[str]) -> ShardPlan:
             passthrough.append(Passthrough(tensor.start, outputs[tensor.name]))
             continue
         start = tensor.start
-        for name, rows, columns in _matrices_of(tensor):
+        for name, rows, columns in matrices_of(tensor):
             weight, scale = outputs[name], outputs[f"{name}_scale_inv"]
             matrices.append(Matrix(tensor.name, tensor.dtype, start, rows, columns, weight, scale))
             start += rows * columns * ITEM_SIZE[tensor.dtype]

@@ -5,6 +5,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import TextIO
 
 from tqdm import tqdm
@@ -20,7 +21,7 @@ from fp8lib.health import (
     Zone,
     max_or_nan,
 )
-from fp8lib.plan import Plan, ShardPlan
+from fp8lib.plan import Plan
 
 WIDTH = 64
 LISTED = 10
@@ -47,7 +48,11 @@ class Printer:
     def line(self, text: str = "") -> None:
         if not self.unicode:
             text = text.translate(_ASCII).encode("ascii", "backslashreplace").decode()
-        print(text, file=self.stream)
+        try:
+            print(text, file=self.stream, flush=True)
+        except BrokenPipeError:
+            # Whoever was reading (`| head`) has seen enough; what was done stays done.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
     def mark(self, zone: Zone, text: str = "") -> str:
         """A zone's glyph and text, coloured."""
@@ -86,14 +91,20 @@ class Progress(AbstractContextManager):
             dynamic_ncols=True,
         )
 
-    def advance(self, shard: ShardPlan, count: int) -> None:
-        self._bar.set_description_str(shard.name, refresh=False)
-        self._bar.update(count)
+    @property
+    def done(self) -> int:
+        """Shards finished."""
+        return self._done
 
-    def finished(self, name: str, note: str = "") -> None:
+    def show(self, shard: str, total: int) -> None:
+        """Bytes done so far, and the shard under way."""
+        self._bar.set_description_str(shard, refresh=False)
+        self._bar.update(total - self._bar.n)
+
+    def finished(self, name: str) -> None:
         self._done += 1
         if self._plain:
-            print(f"[{self._done}/{self._shards}] {name}{note}", file=sys.stderr, flush=True)
+            print(f"[{self._done}/{self._shards}] {name}", file=sys.stderr, flush=True)
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
@@ -149,9 +160,23 @@ def _kind(name: str) -> str:
 # --- summary -----------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Numbers of shards, FP8 weights and other tensors."""
+
+    shards: int
+    fp8: int
+    passthrough: int
+
+    @classmethod
+    def of(cls, plan: Plan) -> "Totals":
+        return cls(len(plan.shards), sum(len(s.matrices) for s in plan.shards), len(plan.kept))
+
+
 def print_summary(
     printer: Printer,
-    plan: Plan,
+    totals: Totals,
+    failed: int,
     calibration: str,
     measurements: Sequence[Measurement],
     problems: Sequence[str],
@@ -162,23 +187,23 @@ def print_summary(
 
     Args:
         printer: where to.
-        plan: what was written.
+        totals: what was written.
+        failed: shards with structural problems.
         calibration: mode and parameters.
         measurements: of the spot-checked tensors.
         problems: structural deviations.
         health: what to make of them; None if verification was skipped.
         covered: quantized tensors with activation statistics; None if there was no file.
     """
-    matrices = sum(len(s.matrices) for s in plan.shards)
     printer.line("=" * WIDTH)
     printer.line("  QUANTIZATION VERIFICATION SUMMARY")
     printer.line(f"  Calibration         : {calibration}")
     if covered is not None:
-        printer.line(f"  Activation stats    : {covered} of {matrices} tensors")
+        printer.line(f"  Activation stats    : {covered} of {totals.fp8} tensors")
     printer.line("-" * WIDTH)
-    printer.line(f"  Shards processed    : {len(plan.shards)}  (0 failed)")
-    printer.line(f"  FP8 weight tensors  : {matrices}")
-    printer.line(f"  Passthrough tensors : {len(plan.kept)}")
+    printer.line(f"  Shards processed    : {totals.shards}  ({failed} failed)")
+    printer.line(f"  FP8 weight tensors  : {totals.fp8}")
+    printer.line(f"  Passthrough tensors : {totals.passthrough}")
     if health is None:
         printer.line("  Spot-checked        : 0  (verification skipped)")
         printer.line("-" * WIDTH)

@@ -18,10 +18,12 @@ from pathlib import Path
 
 import torch
 
-from fp8lib.checkpoint import printable, read_shard
-from fp8lib.e4m3 import dequantize
+from fp8lib.checkpoint import ITEM_SIZE, printable, read_shard
+from fp8lib.e4m3 import DTYPE, dequantize
 from fp8lib.health import Measurement, max_or_nan
-from fp8lib.plan import Matrix, ShardPlan
+from fp8lib.lanes import DTYPES, Files, Lane
+from fp8lib.plan import ShardPlan
+from fp8lib.rules import BLOCK, blocks
 
 # Squares of values outside leave float32; such pieces are measured in float64.
 _FLOAT32_SQUARES = (1e-15, 1e15)
@@ -84,15 +86,57 @@ def combine(name: str, pieces: Sequence[Errors]) -> Measurement:
     return Measurement(name, cosine, absolute / sum(p.count for p in pieces), *worst)
 
 
-def sample(plan: ShardPlan, count: int | None, seed: int) -> list[Matrix]:
-    """Matrices of a shard to measure: `count` random ones, or all of them for None.
+# --- pairs on disk -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Where a matrix's bytes are: contiguous rows of `dtype` from `start` of a file on."""
+
+    path: Path
+    dtype: str
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """An FP8 weight with its scale, and the original it came from.
+
+    `scale` is BF16 or F32 [ceil(rows/128), ceil(columns/128)].
+    """
+
+    name: str
+    rows: int
+    columns: int
+    source: Extent
+    weight: Extent
+    scale: Extent
+
+
+def planned_pairs(plan: ShardPlan, path: Path) -> list[Pair]:
+    """The pairs of a shard that was written to `path` as planned."""
+    return [
+        Pair(
+            m.weight.name,
+            m.rows,
+            m.columns,
+            Extent(plan.source.path, m.dtype, m.start),
+            Extent(path, m.weight.dtype, m.weight.start),
+            Extent(path, m.scale.dtype, m.scale.start),
+        )
+        for m in plan.matrices
+    ]
+
+
+def sample(pairs: Sequence[Pair], count: int | None, seed: int, shard: str) -> list[Pair]:
+    """Pairs to measure: `count` random ones of a shard, all of them for None, in their order.
 
     The same for a given seed and shard name, whatever else is in the checkpoint.
     """
-    if count is None or count >= len(plan.matrices):
-        return list(plan.matrices)
-    chosen = random.Random(f"{seed}:{plan.name}").sample(range(len(plan.matrices)), count)
-    return [plan.matrices[i] for i in sorted(chosen)]
+    if count is None or count >= len(pairs):
+        return list(pairs)
+    chosen = random.Random(f"{seed}:{shard}").sample(range(len(pairs)), count)
+    return [pairs[i] for i in sorted(chosen)]
 
 
 def structural_problems(plan: ShardPlan, path: Path) -> list[str]:
@@ -111,11 +155,7 @@ def structural_problems(plan: ShardPlan, path: Path) -> list[str]:
         tensor = found.pop(expected.name, None)
         if tensor is None:
             problems.append(f"{printable(expected.name)}: missing from {shard.name}")
-        elif (tensor.dtype, tensor.shape, tensor.start) != (
-            expected.dtype,
-            expected.shape,
-            expected.start,
-        ):
+        elif (tensor.dtype, tensor.shape, tensor.start) != (expected.dtype, expected.shape, expected.start):
             problems.append(
                 f"{printable(expected.name)}: {tensor.dtype} {list(tensor.shape)} in {shard.name}, "
                 f"planned {expected.dtype} {list(expected.shape)}"
@@ -124,8 +164,28 @@ def structural_problems(plan: ShardPlan, path: Path) -> list[str]:
     return problems
 
 
-def scale_problem(name: str, scales: torch.Tensor) -> str | None:
-    """What is wrong with a matrix's scales, if anything."""
-    if not bool((scales.isfinite() & (scales > 0)).all()):
-        return f"{printable(name)}_scale_inv: holds values that are not finite and positive"
-    return None
+def read_and_check_scales(lane: Lane, files: Files, pair: Pair) -> str | None:
+    """What is wrong with the values of a pair's scales, if anything."""
+    scales = _read(lane, files, "scales", pair.scale, blocks(pair.rows), blocks(pair.columns), 0)
+    if bool((scales.isfinite() & (scales > 0)).all()):
+        return None
+    return f"{printable(pair.name)}_scale_inv: holds values that are not finite and positive"
+
+
+def read_and_measure(lane: Lane, files: Files, pair: Pair, first: int, last: int) -> Errors:
+    """Error of rows first..last of a pair, `first` a multiple of 128, everything read again."""
+    rows, columns = last - first, pair.columns
+    weights = _read(lane, files, "in", pair.source, rows, columns, first)
+    codes = _read(lane, files, "codes", pair.weight, rows, columns, first)
+    scales = _read(lane, files, "scales", pair.scale, blocks(rows), blocks(columns), first // BLOCK)
+    return measure(lane.to_device(weights), lane.to_device(codes), lane.to_device(scales))
+
+
+def _read(
+    lane: Lane, files: Files, buffer: str, extent: Extent, rows: int, columns: int, first: int
+) -> torch.Tensor:
+    """Rows first..first+rows of an extent, [rows, columns] in host memory."""
+    row_bytes = columns * ITEM_SIZE[extent.dtype]
+    raw = lane.read(buffer, files, extent.path, extent.start + first * row_bytes, rows * row_bytes)
+    dtype = DTYPE if extent.dtype == "F8_E4M3" else DTYPES[extent.dtype]
+    return raw.view(dtype).view(rows, columns)

@@ -31,18 +31,19 @@ class ShardWriter:
         path: the final name.
         header: the file's first bytes.
         size: length of the complete file.
+        shared: other processes write other parts of the same file; leave what they wrote.
 
     Raises:
         Fp8Error: the file cannot be created or there is no room for it; so do the methods.
     """
 
-    def __init__(self, path: Path, header: bytes, size: int) -> None:
+    def __init__(self, path: Path, header: bytes, size: int, *, shared: bool = False) -> None:
         self.path = path
         self.partial = partial_path(path)
         self._fd = -1
         with refusing_disk_errors(path):
-            # 0666 less the umask, as any other file gets; O_CREAT through `open` would make no difference.
-            self._fd = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | (0 if shared else os.O_TRUNC)
+            self._fd = os.open(self.partial, flags, 0o666)  # less the umask, as any new file
             os.ftruncate(self._fd, size)
         self.write(0, header)
 
@@ -50,20 +51,28 @@ class ShardWriter:
         """Write all of `data` at `offset`."""
         write_at(self._fd, offset, data, self.path)
 
-    def commit(self) -> None:
-        """Make the file durable under its own name."""
+    def sync(self) -> None:
+        """Make what was written so far durable."""
         with refusing_disk_errors(self.path):
             os.fsync(self._fd)
-            os.close(self._fd)
-            self._fd = -1
-            os.rename(self.partial, self.path)
+
+    def commit(self) -> None:
+        """Give the file its name, once everything in it is durable."""
+        self.sync()
+        self.release()
+        with refusing_disk_errors(self.path):
+            self.partial.rename(self.path)
             sync_directory(self.path.parent)
 
-    def abandon(self) -> None:
-        """Remove what was written so far."""
+    def release(self) -> None:
+        """Close the file, leaving it partial for whoever writes its last part."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+    def abandon(self) -> None:
+        """Remove what was written so far."""
+        self.release()
         self.partial.unlink(missing_ok=True)
 
 
