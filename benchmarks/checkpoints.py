@@ -57,6 +57,11 @@ def tensors(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield from _layer("mtp.layers.0", shape, full_attention=True)
 
 
+def parameters(shape: Shape) -> int:
+    """Number of weights of a model."""
+    return sum(_nbytes(dimensions) // BF16_BYTES for _, dimensions in tensors(shape))
+
+
 def _layer(name: str, s: Shape, *, full_attention: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield f"{name}.input_layernorm.weight", (s.hidden,)
     yield f"{name}.post_attention_layernorm.weight", (s.hidden,)

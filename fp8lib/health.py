@@ -207,7 +207,7 @@ def _recommend(measurements: Sequence[Measurement], mode: str, clips: bool) -> l
     large = _outside(measurements, MEAN_ABS)
     if large and not clips:
         found.append(
-            f"{len(large)} tensors exceed mean abs err {MEAN_ABS.good}: mean error is about 2 % of the "
+            f"{len(large)} tensors exceed mean abs err {MEAN_ABS.good}: mean error is about 2.2 % of the "
             "mean weight, so these tensors have larger weights than usual. Judge them by their cosine."
         )
     return found

@@ -37,13 +37,14 @@ from fp8lib.stats import Statistics
 from fp8lib.verify import Errors, Pair
 from fp8lib.writer import ShardWriter
 
-CPU_PIECE = 512 * 1024
+CPU_PIECE = 1024 * 1024
 """Weights in a piece on the CPU: its float32 temporaries of 2 MB stay in a core's share of the cache."""
 CUDA_PIECE = 16 * 1024 * 1024
 """Weights in a piece on CUDA: 32 MB of BF16, enough for the copy engine to reach its full rate."""
 VERIFY_PIECE = 512 * 1024
 """Weights in a piece of verification; the same everywhere, because sums of floats depend on it."""
 _COPY_PIECE = 4 * 1024 * 1024
+_PAIRS_PER_CHECK = 64
 _UNITS_PER_RANK = 10
 _SMALLEST_UNIT = 16 * 1024 * 1024
 """Bytes below which dividing a shard costs more than it evens out."""
@@ -305,12 +306,12 @@ class _Job:
     # Verification.
 
     def verification(self) -> Iterator[Task]:
-        def note(problem: str | None) -> None:
-            if problem:
-                self.problems.append(problem)
-
-        for pair in self.pairs:
-            yield (lambda lane, p=pair: verify.read_and_check_scales(lane, self.files, p)), note
+        for first in range(0, len(self.pairs), _PAIRS_PER_CHECK):
+            batch = self.pairs[first : first + _PAIRS_PER_CHECK]
+            yield (
+                lambda lane, b=batch: verify.read_and_check_scales(lane, self.files, b),
+                self.problems.extend,
+            )
         settings = self.settings
         for pair in verify.sample(self.pairs, settings.verify_samples, settings.seed, self.name):
             pieces = self.measured.setdefault(pair.name, [])

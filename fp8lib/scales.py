@@ -19,16 +19,17 @@ h is rounded to 29 bits, so that the float64 products are exact and no order of 
 device can change which phase wins.
 
 The identity ends where weights become subnormal, 2^-12 of the block's largest and below. Each such
-weight adds at most 2^-32 (in units of the block's largest power of two, squared); where that bound could
-matter, the block is judged by `_exact_search` instead: a histogram of all codes over 22 octaves against
-a table of true errors, for every scale from amax/896 (clipping, which can pay when the outlier sits in a
-channel that hardly matters) to amax/224.
+weight adds at most 2^-32 (in units of the block's largest power of two, squared). Where that bound could
+matter, or the rounding of h could, or one channel drowns another by 2^28, the block is judged by
+`_exact_search` instead: a histogram of all codes over 22 octaves against a table of true errors, for
+every scale from amax/896 (clipping, which can pay when the outlier sits in a channel that hardly matters)
+to amax/224.
 
 Everything else that decides a scale is either exact or an elementwise float32 operation in a fixed
 order, for the same reason.
 """
 
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 
@@ -45,12 +46,15 @@ from fp8lib.rules import BLOCK, blocks
 
 _BF16_MAGNITUDE = 0x7FFF
 _WINDOW = 16
+_BINS = _WINDOW * PHASES
 """Octaves of the fast histogram; row 15 is the octave of the block's largest weight."""
 _SUBNORMAL_ROWS = 3
 """Rows 0..2, 13 octaves down and lower, may be subnormal: 2^-12 * amax vs 2 * amax/448 * 2^-6."""
 _SUBNORMAL_ERROR = 2.0**-32
 _NEGLIGIBLE = 5e-4
 """Share of the loss below which subnormal weights are left out; the search promises 1e-3."""
+_ROUNDED_AWAY = 2.0**31
+"""A least loss below this may owe more than _NEGLIGIBLE to the rounding of h: 128 bins * 1/2 * 2^14."""
 _EXACT_WINDOW = 22
 """Octaves of the exact histogram. Weights 2^-21 below amax round to zero under every scale tried."""
 _EXACT_BATCH = 16
@@ -89,15 +93,16 @@ def block_scales(
     if calibration.mode != "max" and activation is not None:
         activation = torch.nn.functional.pad(activation, (0, padded.shape[1] - columns))
     # Padding is zeros, which change no maximum, no sum, no upper order statistic and no error.
-    amax = _block_amax(padded)
+    codes = _codes(padded)
+    amax = _block_amax(padded, codes)
     if calibration.mode == "max":
         scales = _divide(amax, MAX)
     elif calibration.mode == "rms":
         scales = _rms_scales(padded, amax, _block_sizes(weights), calibration, activation)
     elif calibration.mode == "percentile":
-        scales = _divide(_percentile(padded, _block_sizes(weights), calibration.percentile), MAX)
+        scales = _divide(_percentile(padded, codes, _block_sizes(weights), calibration.percentile), MAX)
     else:
-        scales = _mse_scales(padded, amax, calibration.mse_grid_size, activation)
+        scales = _mse_scales(padded, codes, amax, calibration.mse_grid_size, activation)
     scales = torch.where(amax == 0, 1.0, scales.clamp(min=SMALLEST_SCALE))
     # `where` keeps NaN and infinity of a broken block visible whatever the mode made of them.
     return torch.where(amax.isfinite(), scales, amax).to(SCALE_DTYPE), amax
@@ -141,14 +146,14 @@ def _blocked(values: torch.Tensor) -> torch.Tensor:
     return split.transpose(1, 2).reshape(rows // BLOCK, columns // BLOCK, BLOCK * BLOCK)
 
 
-def _block_amax(weights: torch.Tensor) -> torch.Tensor:
+def _block_amax(weights: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     """Largest |w| of each block, float32 [Rb, Cb]; NaN where a block holds one."""
     rows, columns = weights.shape
-    exact_as_bf16 = weights.dtype == torch.bfloat16
-    magnitude = _codes(weights) if exact_as_bf16 else weights.abs()
+    exact = weights.dtype == torch.bfloat16
+    magnitude = codes if exact else weights.abs()
     per_column = magnitude.view(rows // BLOCK, BLOCK, columns).amax(dim=1)
     amax = per_column.view(rows // BLOCK, columns // BLOCK, BLOCK).amax(dim=2)
-    return (amax.view(torch.bfloat16) if exact_as_bf16 else amax).float()
+    return (amax.view(torch.bfloat16) if exact else amax).float()
 
 
 def _power_of_two(exponent: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -220,32 +225,44 @@ def _by_block(per_column: torch.Tensor) -> torch.Tensor:
 
 
 def _percentile(
-    weights: torch.Tensor, sizes: tuple[torch.Tensor, torch.Tensor], percentile: float
+    weights: torch.Tensor,
+    codes: torch.Tensor,
+    sizes: tuple[torch.Tensor, torch.Tensor],
+    percentile: float,
 ) -> torch.Tensor:
     """Percentile of |w| per block, float32 [Rb, Cb].
 
     Linear interpolation between order statistics, numpy's default: the value at position
     p/100 * (n - 1) of the n sorted magnitudes.
     """
-    as_bf16 = weights.dtype == torch.bfloat16
-    magnitude = _blocked(_codes(weights) if as_bf16 else weights.abs().float())
+    exact = weights.dtype == torch.bfloat16
+    magnitude = _blocked(codes if exact else weights.abs().float())
     last = (sizes[0] * sizes[1]).double() - 1
-    position = last * percentile / 100
+    position = last * (percentile / 100)
     below = position.floor()
     # Counted from the top, where zero padding never reaches.
     rank = (last - below).long().unsqueeze(-1)
     top = magnitude.topk(int(rank.max()) + 1, dim=-1).values
     neighbours = top.gather(-1, torch.cat([rank, (rank - 1).clamp(min=0)], dim=-1))
-    low, high = (neighbours.view(torch.bfloat16) if as_bf16 else neighbours).float().unbind(-1)
+    low, high = (neighbours.view(torch.bfloat16) if exact else neighbours).float().unbind(-1)
     return low + (position - below).float() * (high - low)
 
 
 # --- mse ---------------------------------------------------------------------------------------
 
 
+# Tables are made on the CPU and copied: that copy waits for its stream, so that a table in the cache is
+# complete for every other stream too.
+
+
 def _phases(grid_size: int) -> list[int]:
     """BF16 mantissas (with the implicit bit, 128..255) that a search of `grid_size` phases tries."""
     return [PHASES + i * PHASES // grid_size for i in range(grid_size)]
+
+
+@cache
+def _mantissas(grid_size: int, device: torch.device) -> torch.Tensor:
+    return torch.tensor(_phases(grid_size), device=device)
 
 
 @cache
@@ -262,62 +279,88 @@ def _error_table(grid_size: int, device: torch.device) -> torch.Tensor:
     return (16 * m - p * sixteenths).square().to(device)
 
 
+@cache
+def _octave_energy(device: torch.device) -> torch.Tensor:
+    """4^octave of each row of the histogram, relative to the top row's; 0 for rows that may be subnormal."""
+    octave = torch.arange(_WINDOW) - (_WINDOW - 1)
+    energy = _power_of_two(2 * octave, torch.float64)
+    energy[:_SUBNORMAL_ROWS] = 0
+    return energy[:, None].to(device)
+
+
+@lru_cache(maxsize=64)
+def _block_offsets(row_blocks: int, column_blocks: int, device: torch.device) -> torch.Tensor:
+    """Where each block's histogram begins, int32 [Rb, 1, columns]."""
+    offset = torch.arange(row_blocks * column_blocks, dtype=torch.int32) * _BINS
+    return offset.view(row_blocks, -1).repeat_interleave(BLOCK, 1).unsqueeze(1).to(device)
+
+
 def _mse_scales(
-    weights: torch.Tensor, amax: torch.Tensor, grid_size: int, activation: torch.Tensor | None
+    weights: torch.Tensor,
+    codes: torch.Tensor,
+    amax: torch.Tensor,
+    grid_size: int,
+    activation: torch.Tensor | None,
 ) -> torch.Tensor:
     """Least-squares BF16 scale per block, float32 [Rb, Cb]. See the module's docstring."""
     rows, columns = weights.shape
-    shape = amax.shape
-    codes = _codes(weights)
+    shape, device = amax.shape, weights.device
     top = torch.where(amax.isfinite(), amax.bfloat16().view(torch.int16), _BF16_MAGNITUDE)
     exponent = top >> 7  # biased
     base = (exponent - (_WINDOW - 1)) << 7
-    bins = _WINDOW * PHASES
-    relative = codes.view(shape[0], BLOCK, columns)
-    relative = (relative - base.repeat_interleave(BLOCK, 1).unsqueeze(1)).clamp_(min=0)
-    block = torch.arange(shape.numel(), dtype=torch.int32, device=weights.device).view(shape)
-    index = relative.to(torch.int32)
-    index.add_((block * bins).repeat_interleave(BLOCK, 1).unsqueeze(1))
-    importance = None
+    relative = codes.view(shape[0], BLOCK, columns) - base.repeat_interleave(BLOCK, 1).unsqueeze(1)
+    index = relative.clamp_(min=0).to(torch.int32)
+    index.add_(_block_offsets(*shape, device))
+    spread = faint = None
     if activation is not None:
-        importance = _exact_importance(activation)
-        spread = importance.expand(rows, columns).reshape(-1)
-    counts = torch.bincount(
-        index.view(-1),
-        weights=None if importance is None else spread,
-        minlength=shape.numel() * bins,
-    ).view(-1, _WINDOW, PHASES)
-
-    octave = torch.arange(_WINDOW, device=weights.device) - (_WINDOW - 1)
-    energy = _power_of_two(2 * octave, torch.float64)
-    energy[:_SUBNORMAL_ROWS] = 0
-    h = _pairwise_sum(counts * energy[:, None], dim=1)
+        activation = _per_block_column(activation)
+        importance, faint = _as_integers(activation)
+        spread = importance.view(1, -1).expand(rows, columns).reshape(-1)
+    counts = torch.bincount(index.view(-1), spread, minlength=shape.numel() * _BINS)
+    counts = counts.view(-1, _WINDOW, PHASES)
+    h = _pairwise_sum(counts * _octave_energy(device), dim=1)
     # 2^29 per bin, so that sums of 128 products with T < 2^16 stay below 2^53: exact in any order.
     unit = _power_of_two(torch.frexp(h.amax(dim=1, keepdim=True)).exponent - 29, torch.float64)
-    losses = torch.round(h / unit) @ _error_table(grid_size, weights.device)
+    losses = torch.round(h / unit) @ _error_table(grid_size, device)
     least, phase = losses.min(dim=1)
-    mantissa = torch.tensor(_phases(grid_size), device=weights.device)[phase].view(shape)
+    mantissa = _mantissas(grid_size, device)[phase].view(shape)
     scales = _smallest_unclipped(mantissa, amax)
 
-    subnormal = _pairwise_sum(counts[:, :4].to(torch.float64), dim=2)[:, :_SUBNORMAL_ROWS].sum(dim=1)
+    subnormal = counts[:, :_SUBNORMAL_ROWS].sum(dim=(1, 2))  # integers: exact in any order
+    uncertain = least < _ROUNDED_AWAY
     least = least * unit.squeeze(1) * 2.0**-22  # (1/16 of a mantissa unit of 2^-7) squared
-    uncertain = (subnormal * _SUBNORMAL_ERROR > _NEGLIGIBLE * least).view(shape)
-    uncertain |= exponent < _WINDOW
+    uncertain |= subnormal * _SUBNORMAL_ERROR > _NEGLIGIBLE * least
+    uncertain = uncertain.view(shape) | (exponent < _WINDOW)
+    if faint is not None:
+        uncertain |= faint
     uncertain &= amax.isfinite() & (amax > 0)
     if uncertain.any():
         blocked = _blocked(weights)[uncertain]
-        spread = None
-        if importance is not None:
-            spread = importance.view(1, -1, BLOCK).expand(shape[0], -1, -1)[uncertain]
-        scales[uncertain] = _exact_search(blocked, amax[uncertain], grid_size, spread)
+        if activation is not None:
+            activation = activation.expand(shape[0], -1, -1)[uncertain]
+        scales[uncertain] = _exact_search(blocked, amax[uncertain], grid_size, activation)
     return scales
 
 
-def _exact_importance(activation: torch.Tensor) -> torch.Tensor:
-    """Channel weights as integers below 2^38, float64: 16384 of them add up exactly in any order."""
-    largest = activation.amax().double()
-    shift = 38 - torch.frexp(largest.clamp(min=1e-300)).exponent
-    return torch.round(activation.double() * _power_of_two(shift, torch.float64))
+def _per_block_column(activation: torch.Tensor) -> torch.Tensor:
+    """float32 [columns] -> float64 [Cb, 128], all ones where a block column's channels are all zero."""
+    blocked = activation.double().view(-1, BLOCK)
+    return torch.where(blocked.amax(dim=1, keepdim=True) > 0, blocked, 1.0)
+
+
+def _as_integers(activation: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Channel weights as integers up to 2^38: 16384 of them add up exactly in float64, in any order.
+
+    Args:
+        activation: float64 [Cb, 128], some of each row positive.
+
+    Returns:
+        (float64 [Cb, 128], bool [Cb]: whether a channel is too faint beside the loudest of its block to
+        keep ten bits).
+    """
+    shift = 38 - torch.frexp(activation.amax(dim=1, keepdim=True)).exponent
+    integers = torch.round(activation * _power_of_two(shift, torch.float64))
+    return integers, ((activation > 0) & (integers < 2**10)).any(dim=1)
 
 
 def _smallest_unclipped(mantissa: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
@@ -330,9 +373,9 @@ def _smallest_unclipped(mantissa: torch.Tensor, amax: torch.Tensor) -> torch.Ten
 @cache
 def _exact_candidates(grid_size: int, device: torch.device) -> torch.Tensor:
     """Scales for a block whose largest weight is in [1, 2), ascending, float32 [4 * P]."""
-    mantissa = torch.tensor(_phases(grid_size), dtype=torch.float32, device=device) / PHASES
-    octaves = _power_of_two(torch.arange(-10, -6, device=device), torch.float32)
-    return (octaves[:, None] * mantissa).view(-1)
+    mantissa = torch.tensor(_phases(grid_size), dtype=torch.float32) / PHASES
+    octaves = _power_of_two(torch.arange(-10, -6), torch.float32)
+    return (octaves[:, None] * mantissa).view(-1).to(device)
 
 
 @cache
@@ -341,16 +384,16 @@ def _exact_table(grid_size: int, device: torch.device) -> torch.Tensor:
 
     float64 [22 * 128, 4 * P]; made with the cast itself, clipping and subnormals included.
     """
-    octave = _power_of_two(torch.arange(1 - _EXACT_WINDOW, 1, device=device), torch.float32)
-    mantissa = torch.arange(PHASES, 2 * PHASES, device=device).float() / PHASES
+    octave = _power_of_two(torch.arange(1 - _EXACT_WINDOW, 1), torch.float32)
+    mantissa = torch.arange(PHASES, 2 * PHASES).float() / PHASES
     value = (octave[:, None] * mantissa).view(-1, 1)
-    scale = _exact_candidates(grid_size, device)[None, :]
+    scale = _exact_candidates(grid_size, torch.device("cpu"))[None, :]
     rounded = (value / scale).clamp(max=MAX).to(torch.float8_e4m3fn).double() * scale
-    return (value.double() - rounded).square()
+    return (value.double() - rounded).square().to(device)
 
 
 def _exact_search(
-    blocked: torch.Tensor, amax: torch.Tensor, grid_size: int, importance: torch.Tensor | None
+    blocked: torch.Tensor, amax: torch.Tensor, grid_size: int, activation: torch.Tensor | None
 ) -> torch.Tensor:
     """The `mse` scale of blocks in which subnormal weights matter.
 
@@ -358,7 +401,7 @@ def _exact_search(
         blocked: [F, 128*128] weights of F blocks.
         amax: float32 [F], positive.
         grid_size: phases per octave.
-        importance: float64 [F, 128], weight of each block column; None for 1.
+        activation: float64 [F, 128], weights of each block's channels; None for 1.
 
     Returns:
         float32 [F] scales between amax/896 and amax/224.
@@ -378,8 +421,8 @@ def _exact_search(
         index = codes.clamp_(min=-1).add_(1)  # bin 0: too small for any candidate, or zero
         index.add_(torch.arange(count, device=device, dtype=torch.int32)[:, None] * (bins + 1))
         spread = None
-        if importance is not None:
-            spread = importance[batch, None, :].expand(-1, BLOCK, -1).reshape(-1)
+        if activation is not None:
+            spread = activation[batch, None, :].expand(-1, BLOCK, -1).reshape(-1)
         histogram = torch.bincount(index.view(-1), spread, minlength=_EXACT_BATCH * (bins + 1))
         histogram = histogram.view(_EXACT_BATCH, bins + 1)[:, 1:].double()
         # Rounding to float32 makes equal losses equal, whatever the order of summation.

@@ -164,12 +164,16 @@ def structural_problems(plan: ShardPlan, path: Path) -> list[str]:
     return problems
 
 
-def read_and_check_scales(lane: Lane, files: Files, pair: Pair) -> str | None:
-    """What is wrong with the values of a pair's scales, if anything."""
-    scales = _read(lane, files, "scales", pair.scale, blocks(pair.rows), blocks(pair.columns), 0)
-    if bool((scales.isfinite() & (scales > 0)).all()):
-        return None
-    return f"{printable(pair.name)}_scale_inv: holds values that are not finite and positive"
+def read_and_check_scales(lane: Lane, files: Files, pairs: Sequence[Pair]) -> list[str]:
+    """What is wrong with the values of some pairs' scales, one line each."""
+    problems = []
+    for pair in pairs:
+        scales = _read(lane, files, "scales", pair.scale, blocks(pair.rows), blocks(pair.columns), 0)
+        if not bool((scales.isfinite() & (scales > 0)).all()):
+            problems.append(
+                f"{printable(pair.name)}_scale_inv: holds values that are not finite and positive"
+            )
+    return problems
 
 
 def read_and_measure(lane: Lane, files: Files, pair: Pair, first: int, last: int) -> Errors:

@@ -1,0 +1,151 @@
+#!/usr/bin/env python3
+"""End to end: quantize_fp8.py as a user runs it, against `cp` of the same shards.
+
+Makes a checkpoint of the real shapes, reads it once so that the page cache is warm, then times, in turn,
+`cp` and every mode, whole processes, into the same directory. Medians are printed.
+
+    python benchmarks/bench_quantize.py --folder /data/bench
+    python benchmarks/bench_quantize.py --folder /data/bench --model 35B-A3B --shards 14 --device cuda
+    python benchmarks/bench_quantize.py --folder /data/bench --growth
+"""
+
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import checkpoints
+import machine
+
+QUANTIZE = Path(__file__).resolve().parent.parent / "quantize_fp8.py"
+PEER = """
+import sys
+from llmcompressor import model_free_ptq
+model_free_ptq(model_stub=sys.argv[1], save_directory=sys.argv[2], scheme="FP8_BLOCK",
+               ignore=["lm_head", "re:.*embed_tokens", "re:.*mlp.gate$", "re:.*visual.*"], device=sys.argv[3])
+"""
+
+
+def main() -> None:
+    parser = machine.parser(__doc__)
+    parser.add_argument("--folder", type=Path, required=True, help="scratch space; 3 times the model's size")
+    models = ["benchmark", *checkpoints.MODELS]
+    parser.add_argument("--model", choices=models, default="benchmark", help="benchmark: 1.9 B parameters")
+    parser.add_argument("--layers", type=int, help="instead of the model's own number")
+    parser.add_argument("--shards", type=int, default=4)
+    parser.add_argument("--modes", default="max,rms,mse,percentile", help="(%(default)s)")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--growth", action="store_true", help="1, 2, 4 and 8 layers instead of all modes")
+    parser.add_argument(
+        "--peer", action="store_true", help="also llm-compressor's model_free_ptq, if installed"
+    )
+    parser.add_argument("--json", type=Path, help="also write the results here")
+    flags = parser.parse_args()
+
+    shape = checkpoints.BENCHMARK if flags.model == "benchmark" else checkpoints.MODELS[flags.model]
+    if flags.layers:
+        shape = replace(shape, layers=flags.layers)
+    hardware = ["--device", flags.device, *(["--workers", str(flags.workers)] if flags.workers else [])]
+    where = machine.describe()
+    print(machine.heading(where) + "\n")
+    rows = (_growth if flags.growth else _modes)(flags, shape, hardware)
+    print(machine.table(rows))
+    machine.save(flags.json, where, rows)
+
+
+def _modes(flags: argparse.Namespace, shape: checkpoints.Shape, hardware: list[str]) -> list[dict]:
+    source = _make(flags, shape)
+    runs = {}
+    for mode in flags.modes.split(","):
+        runs[mode] = ["--calib_mode", mode]
+    runs["rms, --skip_verify"] = ["--calib_mode", "rms", "--skip_verify"]
+    runs["rms, --verify_samples all"] = ["--calib_mode", "rms", "--verify_samples", "all"]
+    output = flags.folder / "out"
+    commands = {name: _command(source, output, [*extra, *hardware]) for name, extra in runs.items()}
+    if flags.peer:
+        device = "cpu" if flags.device == "auto" else flags.device
+        commands["llm-compressor"] = [sys.executable, "-c", PEER, str(source), str(output), device]
+    return _compare(flags, source, commands, checkpoints.parameters(shape))
+
+
+def _growth(flags: argparse.Namespace, shape: checkpoints.Shape, hardware: list[str]) -> list[dict]:
+    rows = []
+    for layers in (1, 2, 4, 8):
+        grown = replace(shape, layers=layers)
+        source = _make(flags, grown)
+        command = _command(source, flags.folder / "out", ["--calib_mode", "rms", *hardware])
+        row = _compare(flags, source, {"rms": command}, checkpoints.parameters(grown))[-1]
+        rows.append({"layers": layers, "parameters": f"{checkpoints.parameters(grown) / 1e9:.2f} B", **row})
+        shutil.rmtree(source)
+    return rows
+
+
+def _make(flags: argparse.Namespace, shape: checkpoints.Shape) -> Path:
+    source = flags.folder / "in"
+    shutil.rmtree(source, ignore_errors=True)
+    checkpoints.write(source, shape, flags.shards)
+    for shard in source.glob("*.safetensors"):
+        subprocess.run(["cat", shard], stdout=subprocess.DEVNULL, check=True)
+    return source
+
+
+def _command(source: Path, output: Path, flags: list[str]) -> list[str]:
+    paths = ["--input_dir", str(source), "--output_dir", str(output)]
+    return [sys.executable, str(QUANTIZE), *paths, "--quiet", *flags]
+
+
+def _compare(flags: argparse.Namespace, source: Path, commands: dict, parameters: int) -> list[dict]:
+    """Time `cp` and every command in turn; medians as rows."""
+    copy = ["cp", *map(str, sorted(source.glob("*.safetensors"))), str(flags.folder / "out")]
+    everything = {"cp": copy, **commands}
+    walls: dict[str, list[float]] = {name: [] for name in everything}
+    cpu: dict[str, list[float]] = {name: [] for name in everything}
+    peak = dict.fromkeys(everything, 0)
+    for _ in range(flags.repeat):
+        for name, command in everything.items():
+            shutil.rmtree(flags.folder / "out", ignore_errors=True)
+            if name == "cp":
+                (flags.folder / "out").mkdir()
+            os.sync()  # what the one before left unwritten must not slow this one
+            wall, used, memory = _time(command)
+            walls[name].append(wall)
+            cpu[name].append(used)
+            peak[name] = max(peak[name], memory)
+    shutil.rmtree(flags.folder / "out", ignore_errors=True)
+    baseline = statistics.median(walls["cp"])
+    return [
+        {
+            "run": name,
+            "wall s": (wall := statistics.median(walls[name])),
+            "of cp": wall / baseline,
+            "CPU s": statistics.median(cpu[name]),
+            "M weights/s": parameters / wall / 1e6,
+            "peak RSS MiB": float(peak[name] >> 20),
+        }
+        for name in everything
+    ]
+
+
+def _time(command: list[str]) -> tuple[float, float, int]:
+    """(wall seconds, CPU seconds, peak resident bytes) of a process."""
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    wall = time.perf_counter() - start
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode not in (0, 1):  # 1: the verdict is FAIL, as it must be for `percentile`
+        raise SystemExit(f"exit code {process.returncode}: {' '.join(command)}")
+    return wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss << 10
+
+
+if __name__ == "__main__":
+    main()
