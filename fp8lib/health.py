@@ -64,6 +64,12 @@ class Band:
     hard: float
     higher_is_better: bool
 
+    def badness(self, value: float) -> float:
+        """Sorts values the worst first; NaN is the worst."""
+        if math.isnan(value):
+            return -math.inf
+        return value if self.higher_is_better else -value
+
     def zone(self, value: float) -> Zone:
         """NaN is FAIL."""
         good, hard = self.good, self.hard
@@ -82,6 +88,8 @@ FORMAT_LIMIT = 0.99966
 AT_FORMAT_LIMIT = 0.9996
 """Above this a cosine is as good as the format's limit: the unclipped modes differ by less."""
 LARGEST_RELATIVE_ERROR = 1 / 16
+LARGEST_ERROR_OF_MAX = 1 / 28
+"""Of a block's largest weight, in mode `max`: that weight is 448, half a step there is 16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +134,7 @@ def judge(
     counts = {zone: zones.count(zone) for zone in Zone}
     flagged = sorted(
         ((z, m) for z, m in zip(zones, measurements, strict=True) if z is not Zone.GOOD),
-        key=lambda item: (-item[0], item[1].cosine, item[1].name),
+        key=lambda item: (-item[0], COSINE.badness(item[1].cosine), item[1].name),
     )
     verdict = Zone.FAIL if problems else max(zones, default=Zone.GOOD)
     recommendations = tuple(_recommend(measurements, mode, clips)) if flagged else ()
@@ -142,7 +150,7 @@ def _cosine_is_the_format(measurements: Sequence[Measurement], clips: bool) -> b
 
 def _outside(measurements: Sequence[Measurement], band: Band) -> list[Measurement]:
     bad = [m for m in measurements if band.zone(getattr(m, band.metric)) is not Zone.GOOD]
-    return sorted(bad, key=lambda m: getattr(m, band.metric), reverse=not band.higher_is_better)
+    return sorted(bad, key=lambda m: band.badness(getattr(m, band.metric)))
 
 
 def _statement(
@@ -191,19 +199,25 @@ def _recommend(measurements: Sequence[Measurement], mode: str, clips: bool) -> l
             "blocks hold outliers far above the bulk. Another scale will not help; evaluate the model."
         )
     worst = _outside(measurements, MAX_ABS)
-    if worst:
-        m = worst[0]
-        if clips and m.max_abs > m.amax * LARGEST_RELATIVE_ERROR:
-            found.append(
-                f"The largest error, {m.max_abs:.3g} in {printable(m.name)}, is a clipped weight "
-                f"(largest weight {m.amax:.3g}); a mode that does not clip removes it."
-            )
-        else:
-            found.append(
-                f"{len(worst)} tensors exceed max abs err {MAX_ABS.good}: they hold large weights "
-                f"({m.amax:.3g} in {printable(m.name)}), and E4M3 is off by up to 1/16 of a weight "
-                "under any scale. No flag changes that; judge these tensors by their cosine."
-            )
+    bounded_by_max = [m for m in worst if m.max_abs > m.amax * LARGEST_ERROR_OF_MAX]
+    if worst and clips and worst[0].max_abs > worst[0].amax * LARGEST_RELATIVE_ERROR:
+        found.append(
+            f"The largest error, {worst[0].max_abs:.3g} in {printable(worst[0].name)}, is a clipped weight "
+            f"(largest weight {worst[0].amax:.3g}); a mode that does not clip removes it."
+        )
+    elif bounded_by_max and mode != "max":
+        m = bounded_by_max[0]
+        found.append(
+            f"Use --calib_mode max if max abs err matters: it puts a block's largest weight on 448, where "
+            f"rounding is off by 1/28 at most, so {printable(m.name)} would lose {m.amax / 28:.3g} at most "
+            f"instead of {m.max_abs:.3g}. Cosine hardly changes."
+        )
+    elif worst:
+        found.append(
+            f"{len(worst)} tensors exceed max abs err {MAX_ABS.good}: they hold large weights "
+            f"({worst[0].amax:.3g} in {printable(worst[0].name)}), and an error of 1/28 of the largest is "
+            "within what any mode may make. No flag changes that; judge these tensors by their cosine."
+        )
     large = _outside(measurements, MEAN_ABS)
     if large and not clips:
         found.append(

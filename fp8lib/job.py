@@ -75,9 +75,9 @@ def run(options: Options, talk: Talk) -> Zone:
             verdict = _quantize(options, talk, ranks)
     except Exception as error:
         ranks.fail(str(error))
-        raise
-    finally:
         ranks.leave()
+        raise
+    ranks.leave()
     return verdict
 
 

@@ -6,7 +6,9 @@ and flags give the same manifest.
 """
 
 import math
-from dataclasses import asdict, dataclass, field
+import os
+import re
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from fp8lib import Fp8Error, __version__
@@ -16,6 +18,7 @@ from fp8lib.plan import to_json
 from fp8lib.writer import write_file
 
 MANIFEST = "fp8_quantization.json"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,36 +71,58 @@ class Manifest:
     def difference(self, other: "Manifest") -> str | None:
         """The first thing that keeps a run from continuing another, in words, or None."""
         if self.version != other.version:
-            return f"it was begun by version {other.version}, this is {self.version}"
+            return f"it was begun by version {printable(other.version)}, this is {self.version}"
         for key, value in self.settings.items():
             if other.settings.get(key) != value:
-                return f"it was begun with {key} {other.settings.get(key)}, now {value}"
+                return f"it was begun with {key} {printable(other.settings.get(key))}, now {value}"
         for name in sorted(self.inputs.keys() | other.inputs.keys()):
             if self.inputs.get(name) != other.inputs.get(name):
                 return f"input shard {printable(name)} has changed since it was begun"
+        if changed := sorted(set(self.extra_files) ^ set(other.extra_files)):
+            was = "come to" if changed[0] in self.extra_files else "gone from"
+            return f"{printable(changed[0])} has {was} the input since it was begun"
         return None
 
 
 def load(folder: Path) -> Manifest | None:
-    """The manifest of a directory, None if it has none.
+    """The manifest of a directory, None if it has none; without the shards whose record is damaged.
 
     Raises:
         Fp8Error: it has one that cannot be read.
     """
     path = folder / MANIFEST
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
-    document = read_json(path)
     try:
-        manifest = Manifest(**document)
-        sections = (manifest.settings, manifest.inputs, manifest.shards)
-        if not all(isinstance(s, dict) for s in sections) or not all(
-            isinstance(name, str) for name in manifest.extra_files
-        ):
-            raise TypeError
-    except TypeError:
-        raise Fp8Error(f"{printable(path)}: not a manifest of this tool; remove it by hand") from None
+        document = read_json(path)
+        if not _is_manifest(document):
+            raise Fp8Error(f"{printable(path)}: not a manifest of this tool")
+    except Fp8Error as error:
+        # Without it nobody knows which files of the directory a run wrote.
+        raise Fp8Error(f"{error}; remove the directory by hand or give another") from None
+    manifest = Manifest(**{f.name: document[f.name] for f in fields(Manifest)})
+    manifest.shards = {name: record for name, record in manifest.shards.items() if _is_record(record)}
     return manifest
+
+
+def _is_manifest(document: object) -> bool:
+    """Whether a document holds what `save` writes, the records of shards aside."""
+    return (
+        isinstance(document, dict)
+        and document.keys() >= {f.name for f in fields(Manifest)}
+        and all(isinstance(document[key], dict) for key in ("settings", "inputs", "shards"))
+        and isinstance(document["extra_files"], list)
+        and all(isinstance(name, str) for name in document["extra_files"])
+    )
+
+
+def _is_record(record: object) -> bool:
+    """Whether this is what `to_record` makes; `from_record` looks at the measurements."""
+    return (
+        isinstance(record, dict)
+        and isinstance(record.get("size"), int)
+        and (record.get("sha256") is None or bool(_SHA256.fullmatch(str(record["sha256"]))))
+    )
 
 
 def identity(shard: Shard) -> dict:
@@ -129,9 +154,10 @@ def from_record(name: str, record: dict, verification: dict | None) -> ShardResu
         if record["verification"] != verification:
             return None
         measurements = tuple(
-            Measurement(m["name"], *(float(m[k]) for k in ("cosine", "mean_abs", "max_abs", "amax")))
+            Measurement(str(m["name"]), *(float(m[k]) for k in ("cosine", "mean_abs", "max_abs", "amax")))
             for m in record["measurements"]
         )
-        return ShardResult(name, record["size"], record["sha256"], measurements, tuple(record["problems"]))
-    except (KeyError, TypeError, ValueError):
+        problems = tuple(map(printable, record["problems"]))
+        return ShardResult(name, record["size"], record["sha256"], measurements, problems)
+    except (KeyError, TypeError, ValueError, OverflowError):
         return None

@@ -3,15 +3,17 @@
 import fcntl
 import os
 import shutil
+import stat
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from fp8lib import Fp8Error
-from fp8lib.checkpoint import CONFIG, INDEX, printable
+from fp8lib.checkpoint import CONFIG, INDEX, open_regular, printable
 from fp8lib.manifest import MANIFEST, Manifest, load
-from fp8lib.plan import Plan
-from fp8lib.writer import is_partial, refusing_disk_errors
+from fp8lib.plan import Plan, ShardPlan
+from fp8lib.writer import partial_path, refusing_disk_errors, sync_directory
 
 CHECKSUMS = "SHA256SUMS"
 LOCK = ".fp8_quantization.lock"
@@ -24,12 +26,14 @@ class State:
     Attributes:
         finished: names of output shards that need not be quantized again.
         remove: files of an earlier run that `--overwrite` replaces.
+        leftovers: files of an earlier run that was ended before they were complete.
         manifest: the earlier run's, if this one continues it.
     """
 
-    finished: frozenset[str]
-    remove: tuple[Path, ...]
-    manifest: Manifest | None
+    finished: frozenset[str] = frozenset()
+    remove: tuple[Path, ...] = ()
+    leftovers: tuple[Path, ...] = ()
+    manifest: Manifest | None = None
 
 
 def check_location(source: Path, destination: Path) -> None:
@@ -38,13 +42,18 @@ def check_location(source: Path, destination: Path) -> None:
     Raises:
         Fp8Error: any of these, or not a directory.
     """
-    output, original = destination.resolve(), source.resolve()
+    try:
+        output, original = destination.resolve(), source.resolve()
+    except (OSError, RuntimeError) as error:
+        raise Fp8Error(
+            f"{printable(destination)}: {printable(error)}; give another output directory"
+        ) from None
     if output.is_relative_to(original) or original.is_relative_to(output):
         raise Fp8Error(
             f"{printable(destination)}: overlaps the input directory; give a separate output directory"
         )
-    if destination.exists() and not destination.is_dir():
-        raise Fp8Error(f"{printable(destination)}: not a directory")
+    if os.path.lexists(destination) and not destination.is_dir():
+        raise Fp8Error(f"{printable(destination)}: not a directory; give another output directory")
 
 
 def inspect(folder: Path, plan: Plan, mine: Manifest, overwrite: bool) -> State:
@@ -53,25 +62,30 @@ def inspect(folder: Path, plan: Plan, mine: Manifest, overwrite: bool) -> State:
     Raises:
         Fp8Error: files that no run wrote, or an earlier run that this one does not continue.
     """
-    if not folder.exists():
-        return State(frozenset(), (), None)
-    entries = [p for p in folder.iterdir() if p.name != LOCK and not is_partial(p.name)]
-    if not entries:
-        return State(frozenset(), (), None)
+    with refusing_disk_errors(folder):
+        names = set(os.listdir(folder)) - {LOCK} if folder.exists() else set()
+    to_write = _files_of(mine)
+    leftovers = _partials_of(folder, to_write)
+    if not names - {p.name for p in leftovers}:
+        return State(leftovers=leftovers)
     earlier = load(folder)
     if earlier is None:
+        foreign = min(names - {p.name for p in leftovers})
         raise Fp8Error(
-            f"{printable(folder)}: not empty, and {printable(entries[0].name)} was not written by this "
+            f"{printable(folder)}: not empty, and {printable(foreign)} was not written by this "
             "tool; give another output directory"
         )
+    written = _written_by(folder, earlier)
+    leftovers = _partials_of(folder, {*to_write, *written})
     if overwrite:
-        remove = tuple(p for p in _written_by(folder, earlier) if p.is_file() or p.is_symlink())
-        foreign = {s.name for s in plan.shards} & {p.name for p in entries} - {p.name for p in remove}
-        if foreign:
+        if foreign := [name for name in sorted(to_write - written) if os.path.lexists(folder / name)]:
             raise Fp8Error(
-                f"{printable(folder / min(foreign))}: in the way, and not written by this tool; move it"
+                f"{printable(folder / foreign[0])}: in the way, and not written by this tool; move it"
             )
-        return State(frozenset(), remove, None)
+        # What makes it a model goes first, and what says whose it is last.
+        order = sorted(written, key=lambda name: (name == MANIFEST) - (name in (CONFIG, INDEX)))
+        remove = tuple(folder / name for name in order if _is_file(folder / name))
+        return State(remove=remove, leftovers=leftovers)
     if difference := mine.difference(earlier):
         raise Fp8Error(
             f"{printable(folder)}: holds an earlier run, and {difference}; "
@@ -82,25 +96,53 @@ def inspect(folder: Path, plan: Plan, mine: Manifest, overwrite: bool) -> State:
         for shard in plan.shards
         if shard.name in earlier.shards and _is_complete(folder / shard.name, shard)
     )
-    return State(finished, (), earlier)
+    return State(finished, (), leftovers, earlier)
 
 
-def _written_by(folder: Path, manifest: Manifest) -> list[Path]:
-    """Every file an earlier run wrote; what makes it a model, config.json, first."""
-    names = [CONFIG, INDEX, *manifest.inputs, *manifest.extra_files, CHECKSUMS, MANIFEST]
+def _files_of(manifest: Manifest) -> set[str]:
+    """Every file that a run writes, relative to its output directory."""
+    return {CONFIG, INDEX, CHECKSUMS, MANIFEST, *manifest.inputs, *manifest.extra_files}
+
+
+def _written_by(folder: Path, manifest: Manifest) -> set[str]:
+    """Every file that an earlier run may have written.
+
+    Raises:
+        Fp8Error: one would be outside the directory, so the manifest cannot be trusted.
+    """
+    names = _files_of(manifest)
+    home = folder.resolve()
     for name in names:
-        if os.path.isabs(name) or ".." in Path(name).parts:
-            raise Fp8Error(f"{printable(folder / MANIFEST)}: lists {printable(name)}; remove it by hand")
-    return [folder / name for name in names]
+        with suppress(OSError, RuntimeError, ValueError):
+            if (folder / name).parent.resolve().is_relative_to(home):
+                continue
+        raise Fp8Error(
+            f"{printable(folder / MANIFEST)}: lists {printable(name)}, which is not in the directory; "
+            "give another output directory"
+        )
+    return names
 
 
-def _is_complete(path: Path, shard) -> bool:
+def _partials_of(folder: Path, names: Iterable[str]) -> tuple[Path, ...]:
+    """What a run that wrote these files may have left half written."""
+    return tuple(p for name in sorted(names) if _is_file(p := partial_path(folder / name)))
+
+
+def _is_file(path: Path) -> bool:
+    """Whether there is something that `unlink` can remove."""
+    try:
+        return not stat.S_ISDIR(path.lstat().st_mode)
+    except (OSError, ValueError):
+        return False
+
+
+def _is_complete(path: Path, shard: ShardPlan) -> bool:
     """Size and header as planned: a cheap look that a rename or a disk did not lose the file."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             return size == shard.size and file.read(len(shard.header)) == shard.header
-    except OSError:
+    except (Fp8Error, OSError):
         return False
 
 
@@ -114,10 +156,12 @@ def check_space(folder: Path, plan: Plan, state: State) -> None:
     existing = folder
     while not existing.exists():
         existing = existing.parent
-    freed = sum(p.lstat().st_size for p in state.remove)
-    if folder.is_dir():
-        freed += sum(p.lstat().st_size for p in folder.iterdir() if is_partial(p.name))
-    free = shutil.disk_usage(existing).free + freed
+    with refusing_disk_errors(folder):
+        free = shutil.disk_usage(existing).free
+    for path in (*state.remove, *state.leftovers):
+        with suppress(FileNotFoundError):
+            # Blocks, not length: a shard that was just begun is a hole of its full length.
+            free += 512 * path.lstat().st_blocks
     if needed > free:
         raise Fp8Error(
             f"{printable(folder)}: the output needs {needed:,} bytes and {free:,} are free; "
@@ -126,19 +170,39 @@ def check_space(folder: Path, plan: Plan, state: State) -> None:
 
 
 class Lock:
-    """Keeps a second run out of the directory; the kernel releases it when its owner dies."""
+    """Keeps a second run out of the directory; the kernel releases it when its owner dies.
+
+    Raises:
+        Fp8Error: another run holds it, or the directory cannot be made or written to.
+    """
 
     def __init__(self, folder: Path) -> None:
+        self._path = folder / LOCK
         with refusing_disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / LOCK
+        while not self._acquire(folder):
+            pass
+
+    def _acquire(self, folder: Path) -> bool:
+        """False if the lock's last owner removed the file in the moment between opening and locking it."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         with refusing_disk_errors(self._path):
-            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._fd)
-            raise Fp8Error(f"{printable(folder)}: another run is writing to it; wait for it to end") from None
+            self._fd = os.open(self._path, flags, 0o666)
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(self._fd)
+                raise Fp8Error(
+                    f"{printable(folder)}: another run is writing to it; wait for it to end"
+                ) from None
+            except BaseException:
+                os.close(self._fd)
+                raise
+        with suppress(OSError):
+            if os.path.samestat(os.fstat(self._fd), os.lstat(self._path)):
+                return True
+        os.close(self._fd)
+        return False
 
     def close(self) -> None:
         with suppress(OSError):
@@ -158,7 +222,19 @@ def prepare(folder: Path, state: State, complete: bool) -> None:
     Raises:
         Fp8Error: a file cannot be removed.
     """
-    config = () if complete else (folder / CONFIG,)
-    for path in (*config, *state.remove, *(p for p in folder.iterdir() if is_partial(p.name))):
+    if not complete:
+        unpublish(folder)
+    for path in (*state.remove, *state.leftovers):
         with refusing_disk_errors(path):
             path.unlink(missing_ok=True)
+
+
+def unpublish(folder: Path) -> None:
+    """Take config.json away, durably: from here on no engine takes the directory for a model.
+
+    Raises:
+        Fp8Error: it cannot be removed.
+    """
+    with refusing_disk_errors(folder / CONFIG):
+        (folder / CONFIG).unlink(missing_ok=True)
+        sync_directory(folder)

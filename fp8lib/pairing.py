@@ -30,14 +30,18 @@ def pair_directories(
     for shard in quantized.shards:
         pairs, problems = [], []
         for tensor in shard.tensors:
-            if tensor.name.endswith(SCALE_SUFFIX) and tensor.name.removesuffix(SCALE_SUFFIX) in present:
-                continue
-            if tensor.dtype == "F8_E4M3":
+            if tensor.name.endswith(SCALE_SUFFIX) and tensor.name not in sources:
+                weight = present.get(tensor.name.removesuffix(SCALE_SUFFIX))
+                if weight is None or weight[1].dtype != "F8_E4M3":
+                    problems.append(f"{printable(tensor.name)}: a scale without an FP8 weight")
+            elif tensor.dtype == "F8_E4M3":
                 found = _pair(shard, tensor, matrices, present)
                 (problems if isinstance(found, str) else pairs).append(found)
             elif problem := _problem_of_kept(tensor, sources, matrices):
                 problems.append(problem)
         result.append((shard, pairs, problems))
+    if not any(pairs for _, pairs, _ in result):
+        result[0][2].append("no FP8 weight in it that the original has too: nothing was measured")
     result[0][2].extend(
         f"{printable(name)}: missing from the FP8 directory"
         for tensor in sources.values()
@@ -76,6 +80,8 @@ def _pair(shard: Shard, tensor: Tensor, matrices: dict, present: dict) -> Pair |
     source, rows, columns = matrices[tensor.name]
     if tensor.shape != (rows, columns):
         return f"{name}: {list(tensor.shape)}, {[rows, columns]} in the original"
+    if not tensor.nbytes:
+        return f"{name}: FP8, but empty"
     scale_shard, scale = present.get(tensor.name + SCALE_SUFFIX, (None, None))
     if scale is None:
         return f"{name}: FP8 without a {name}{SCALE_SUFFIX}"

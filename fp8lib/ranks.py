@@ -3,12 +3,23 @@
 There is no scheduler here. Ranks share the key-value store that torchrun already runs for them
 (torch.distributed's TCPStore; no process group is made): work is claimed from a counter as ranks become
 free, results and the first error are left under keys, and rank 0 speaks for all.
+
+Two things torchrun leaves to its processes, and no environment variable tells:
+
+- The store outlives the ranks. After `--max-restarts` it still holds what the last attempt left, and the
+  machines of a job do not count attempts alike. So rank 0 names every attempt anew, its keys begin with
+  that name, and another rank believes a name only when it has seen rank 0's pulse move under it.
+- A rank that dies takes those of its own machine with it, not those of the others. So every rank counts
+  on a pulse of its own, and listens for the next rank's.
 """
 
 import json
 import os
 import signal
+import socket
+import threading
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import TypeVar
@@ -17,8 +28,12 @@ from fp8lib import Fp8Error
 
 Work = TypeVar("Work")
 
-_INTERVAL = 0.5
-"""Seconds between a rank's looks at the store while it works."""
+_INTERVAL = 0.25
+"""Seconds between a rank's looks at the store, and between two beats of its pulse."""
+_SILENCE = 60.0
+"""Seconds after which a rank gives up another that it has heard before."""
+_ABSENCE = 600.0
+"""The same for one that it has never heard: machines start, and import torch, at their own speed."""
 _LEAVING = 10.0
 """Seconds a rank waits for the others to be ready to exit with it."""
 
@@ -30,25 +45,89 @@ class Ranks:
         rank: 0 in the process that plans, refuses, reports and writes everything but shards.
         world: number of processes.
         local_rank, local_world: the same on this machine.
+        attempt: a name that all ranks of this attempt at the job have in common, and no others.
+
+    Raises:
+        Fp8Error: rank 0 does not come.
+        SystemExit: an earlier attempt ended in words or with a verdict, which another would repeat.
     """
 
     def __init__(self) -> None:
         self.rank = self.local_rank = 0
         self.world = self.local_world = 1
+        self.attempt = uuid.uuid4().hex
         self._store = None
+        self._failure: str | None = None
         self._results_seen = 0
         self._bytes = self._sent_bytes = 0
         self._looked = 0.0
         if "TORCHELASTIC_RUN_ID" in os.environ:
-            from torch.distributed import rendezvous
-
-            self._store, self.rank, self.world = next(rendezvous("env://"))
-            self.local_rank = int(os.environ["LOCAL_RANK"])
-            self.local_world = int(os.environ["LOCAL_WORLD_SIZE"])
+            self._join()
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    # The beginning.
+
+    def _join(self) -> None:
+        from torch.distributed import PrefixStore, rendezvous
+
+        self._all_attempts, self.rank, self.world = next(rendezvous("env://"))
+        self.local_rank = int(os.environ["LOCAL_RANK"])
+        self.local_world = int(os.environ["LOCAL_WORLD_SIZE"])
+        if self._all_attempts.check(["exit code"]):
+            raise SystemExit(int(self._all_attempts.get("exit code")))
+        if self.is_main:
+            self._all_attempts.set("attempt", self.attempt)
+        else:
+            self.attempt = self._await_attempt()
+        self._store = PrefixStore(self.attempt, self._all_attempts)
+        self._gone = threading.Event()
+        self._pulse = threading.Thread(target=self._keep_pulse, daemon=True)
+        self._pulse.start()
+        if self._store.add(f"joined/{self.rank}", 1) > 1:
+            # Only where machines rendezvous statically: what its forerunner had claimed is lost.
+            self._stop_all(f"rank {self.rank} was restarted alone; use torchrun's --rdzv-backend c10d")
+
+    def _await_attempt(self) -> str:
+        """The attempt in which rank 0 is alive. All ranks of the one before have ended by now."""
+        seen: tuple[str, int] | None = None
+        for _ in range(round(_ABSENCE / _INTERVAL * 10)):
+            if self._all_attempts.check(["attempt"]):
+                attempt = self._all_attempts.get("attempt").decode()
+                now = attempt, self._all_attempts.add(f"{attempt}/pulse/0", 0)
+                if seen is not None and now[0] == seen[0] and now[1] > seen[1]:
+                    return attempt
+                seen = now
+            time.sleep(_INTERVAL / 10)
+        raise Fp8Error("rank 0 has not been heard of; look at what its machine says")
+
+    def _keep_pulse(self) -> None:
+        """Beat, and listen: for the next rank, for a failure, for a new attempt. In its own thread."""
+        other = (self.rank + 1) % self.world
+        heard, silence = 0, 0.0
+        while True:
+            try:
+                self._store.add(f"pulse/{self.rank}", 1)
+                beats = self._store.add(f"pulse/{other}", 0)
+                # Time is counted in beats of one's own: they stop, too, while a machine is suspended.
+                silence = silence + _INTERVAL if beats == heard else 0.0
+                heard = beats
+                if silence == (_SILENCE if heard else _ABSENCE):
+                    self._stop_all(f"rank {other} has not been heard of for {silence:.0f} s")
+                    self._store.add("left", 1)  # in its place
+                if self._store.check(["failure"]):
+                    self._failure = self._store.get("failure").decode()
+                elif self._all_attempts.get("attempt").decode() != self.attempt:
+                    self._failure = "rank 0 was restarted"
+            except RuntimeError:  # its owner is gone
+                self._failure = self._failure or "torchrun's store is gone"
+                return
+            if self._gone.wait(_INTERVAL):
+                return
+
+    # Sharing.
 
     def publish(self, key: str, value: object) -> None:
         """Leave a JSON value for the other ranks."""
@@ -71,8 +150,13 @@ class Ranks:
         if self._store is None:
             yield from work
             return
+        self._store.add("at work", 1)
         while (position := self._store.add("claimed", 1) - 1) < len(work):
             yield work[position]
+
+    def all_at_work(self) -> bool:
+        """Whether every rank has come as far as `claims`, with nothing to refuse."""
+        return self._store is None or self._store.add("at work", 0) == self.world
 
     def count(self, key: str) -> int:
         """Add one to a shared counter and return its value."""
@@ -128,24 +212,46 @@ class Ranks:
 
     # The end.
 
-    def fail(self, message: str) -> None:
-        """Tell the other ranks why this one stops; the first to fail is heard."""
-        if self._store is not None:
-            with suppress(RuntimeError):  # the store may be gone with its owner
-                if self._store.add("failures", 1) == 1:
-                    self._store.set("failure", message)
+    def fail(self, error: Exception) -> None:
+        """Tell the other ranks why this one stops; the first to fail is heard.
 
-    def leave(self) -> None:
-        """Exit together: torchrun ends whoever is left when the first process has failed."""
+        What was refused in words is final: torchrun may start the ranks again, but they do and say nothing.
+        """
+        final = isinstance(error, Fp8Error)
+        lines = str(error).splitlines() or [""]
+        message = lines[0] if final else f"{type(error).__name__}: {lines[0]}"
+        if self.world > self.local_world:
+            message = f"{socket.gethostname()}: {message}"
+        self._stop_all(message, final)
+
+    def leave(self, exit_code: int = 0) -> None:
+        """Exit together: torchrun ends whoever is left when the first process has failed.
+
+        Args:
+            exit_code: of a verdict that another attempt would only repeat.
+        """
         if self._store is None:
             return
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         with suppress(RuntimeError):
+            if exit_code:
+                self._all_attempts.set("exit code", str(exit_code))
             left, deadline = self._store.add("left", 1), time.monotonic() + _LEAVING
             while left < self.world and time.monotonic() < deadline:
                 time.sleep(_INTERVAL / 10)
                 left = self._store.add("left", 0)
+        self._gone.set()
+        self._pulse.join(_LEAVING)
+
+    def _stop_all(self, message: str, final: bool = False) -> None:
+        if self._store is None:
+            return
+        with suppress(RuntimeError):  # the store may be gone with its owner
+            if self._store.add("failures", 1) == 1:
+                if final:
+                    self._all_attempts.set("exit code", "2")
+                self._store.set("failure", message)
 
     def _raise_failure(self) -> None:
-        if self._store.check(["failure"]):
-            raise Fp8Error(self._store.get("failure").decode())
+        if self._failure is not None:
+            raise Fp8Error(self._failure)

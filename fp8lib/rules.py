@@ -52,6 +52,7 @@ _KEPT = tuple(
 )
 
 _FUSED_EXPERTS = re.compile(_LAYER + r"mlp\.experts\.(?P<part>gate_up_proj|down_proj)$")
+_ONE_EXPERT = re.compile(_LAYER + r"mlp\.experts\.(?P<expert>\d+)\.(?P<part>gate|up|down)_proj\.weight$")
 
 
 def blocks(extent: int) -> int:
@@ -94,6 +95,17 @@ def fused_experts_part(tensor: str) -> tuple[str, str] | None:
 def expert_weight(experts: str, expert: int, projection: str) -> str:
     """Name of one expert's weight in the output: `….mlp.experts.{e}.{projection}.weight`."""
     return f"{experts}.{expert}.{projection}.weight"
+
+
+def one_expert_part(tensor: str) -> tuple[str, int, str] | None:
+    """(`….mlp.experts`, expert, `gate_proj`, `up_proj` or `down_proj`) for one expert's weight, else None.
+
+    The inverse of `expert_weight`.
+    """
+    match = _ONE_EXPERT.match(tensor)
+    if match is None or ".visual." in f".{tensor}":
+        return None
+    return f"{match['layer']}.mlp.experts", int(match["expert"]), f"{match['part']}_proj"
 
 
 def reason_kept(tensor: str) -> str:

@@ -5,23 +5,23 @@ name a file is always complete: until `commit` it is `.<name>.partial`, which no
 """
 
 import errno
+import hashlib
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from fp8lib import Fp8Error
-from fp8lib.checkpoint import printable
+from fp8lib.checkpoint import open_regular, printable
 
-PARTIAL_PREFIX, PARTIAL_SUFFIX = ".", ".partial"
+_LONGEST_NAME = 240
+"""Bytes of a file name that leave room for the affixes; file systems take 255."""
 
 
 def partial_path(path: Path) -> Path:
     """Where a file is written until it is complete."""
-    return path.with_name(f"{PARTIAL_PREFIX}{path.name}{PARTIAL_SUFFIX}")
-
-
-def is_partial(name: str) -> bool:
-    """Whether a file name is one that `partial_path` makes."""
-    return name.startswith(PARTIAL_PREFIX) and name.endswith(PARTIAL_SUFFIX)
+    name = os.fsencode(path.name)
+    stem = path.name if len(name) <= _LONGEST_NAME else hashlib.sha256(name).hexdigest()
+    return path.with_name(f".{stem}.partial")
 
 
 class ShardWriter:
@@ -41,11 +41,17 @@ class ShardWriter:
         self.path = path
         self.partial = partial_path(path)
         self._fd = -1
+        # O_NOFOLLOW: a symlink of that name must not lead the bytes somewhere else.
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | (0 if shared else os.O_TRUNC)
         with refusing_disk_errors(path):
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | (0 if shared else os.O_TRUNC)
             self._fd = os.open(self.partial, flags, 0o666)  # less the umask, as any new file
-            os.ftruncate(self._fd, size)
-        self.write(0, header)
+        try:
+            with refusing_disk_errors(path):
+                os.ftruncate(self._fd, size)
+            self.write(0, header)
+        except BaseException:
+            self.abandon()
+            raise
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
         """Write all of `data` at `offset`."""
@@ -66,14 +72,17 @@ class ShardWriter:
 
     def release(self) -> None:
         """Close the file, leaving it partial for whoever writes its last part."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        descriptor, self._fd = self._fd, -1
+        if descriptor >= 0:
+            with refusing_disk_errors(self.path):
+                os.close(descriptor)
 
     def abandon(self) -> None:
-        """Remove what was written so far."""
-        self.release()
-        self.partial.unlink(missing_ok=True)
+        """Remove what was written so far, as far as the disk still lets one."""
+        with suppress(Fp8Error):
+            self.release()
+        with suppress(OSError):
+            self.partial.unlink()
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -94,18 +103,21 @@ def copy_file(source: Path, path: Path) -> None:
     """Copy a file's bytes, following a symlink, with the mode a new file gets.
 
     Raises:
-        Fp8Error: it cannot be read or written.
+        Fp8Error: it cannot be read or written, or changes meanwhile.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with refusing_disk_errors(source):
-        file = source.open("rb")
-    with file:
-        writer = ShardWriter(path, b"", os.fstat(file.fileno()).st_size)
+    with refusing_disk_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with open_regular(source) as file:
+        size = os.fstat(file.fileno()).st_size
+        writer = ShardWriter(path, b"", size)
         try:
             offset = 0
-            while chunk := file.read(1 << 20):
-                writer.write(offset, chunk)
-                offset += len(chunk)
+            with refusing_disk_errors(source):
+                while chunk := file.read(1 << 20):
+                    writer.write(offset, chunk)
+                    offset += len(chunk)
+            if offset != size:
+                raise Fp8Error(f"{printable(source)}: changed while it was copied; run again")
             writer.commit()
         except BaseException:
             writer.abandon()
@@ -127,11 +139,14 @@ def write_at(fd: int, offset: int, data: bytes | memoryview, path: Path) -> None
 
 def sync_directory(folder: Path) -> None:
     """Make renames in a directory durable."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.fsync(fd)
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems do not know it for directories
+            raise
     finally:
-        os.close(fd)
+        os.close(descriptor)
 
 
 class refusing_disk_errors:  # noqa: N801 - reads as a statement, like contextlib.suppress
@@ -147,10 +162,12 @@ class refusing_disk_errors:  # noqa: N801 - reads as a statement, like contextli
         if not isinstance(error, OSError):
             return
         way_out = {
-            errno.ENOSPC: "the disk is full; free some space and run the same command again",
-            errno.EDQUOT: "your disk quota is used up; free some space and run the same command again",
+            errno.ENOSPC: "the disk is full; free some space and run again to continue",
+            errno.EDQUOT: "your disk quota is used up; free some space and run again to continue",
             errno.EFBIG: "larger than this file system or `ulimit -f` allows",
-            errno.EROFS: "the file system is read-only",
-            errno.EACCES: "permission denied",
+            errno.EROFS: "the file system is read-only; choose another place",
+            errno.EACCES: "permission denied; choose another place",
+            errno.EPERM: "not permitted; choose another place",
+            errno.ELOOP: "a symlink is in the way; remove it",
         }.get(error.errno, error.strerror or str(error))
         raise Fp8Error(f"{printable(self.path)}: {way_out}") from error

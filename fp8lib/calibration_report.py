@@ -1,0 +1,97 @@
+"""What a calibration run shows: progress while it runs, and the closing summary."""
+
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from statistics import median
+
+from tqdm import tqdm
+
+from fp8lib.coverage import ENOUGH, Coverage
+from fp8lib.health import Zone
+from fp8lib.report import WIDTH, Printer
+
+
+class Progress(AbstractContextManager):
+    """A bar over prompts with the tokens per second; a line now and then where there is no terminal.
+
+    Args:
+        total: prompts, times layers if they pass through one layer at a time.
+        label: shown in front.
+        quiet: show nothing.
+    """
+
+    _INTERVAL = 5.0  # seconds between lines
+
+    def __init__(self, total: int, label: str, quiet: bool) -> None:
+        self._plain = not quiet and not sys.stderr.isatty()
+        self._label, self._tokens, self._started = label, 0, time.monotonic()
+        self._shown = self._started
+        self._bar = tqdm(
+            total=total,
+            desc=label,
+            unit=" prompts",
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{remaining}{postfix}]",
+            disable=quiet or self._plain,
+            file=sys.stderr,
+            dynamic_ncols=True,
+        )
+        self._done, self._total = 0, total
+
+    def label(self, text: str) -> None:
+        """Say what is going on now."""
+        self._label = text
+        self._bar.set_description_str(text, refresh=False)
+
+    def advance(self, prompts: int, tokens: int) -> None:
+        """Some prompts are done; `tokens` passed through the model for them."""
+        self._done += prompts
+        self._tokens += tokens
+        now = time.monotonic()
+        rate = f"{self._tokens / max(now - self._started, 1e-9):,.0f} tokens/s"
+        self._bar.set_postfix_str(rate, refresh=False)
+        self._bar.update(prompts)
+        if self._plain and (now - self._shown > self._INTERVAL or self._done == self._total):
+            self._shown = now
+            print(f"{self._label}: {self._done}/{self._total}, {rate}", file=sys.stderr, flush=True)
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+
+def print_summary(printer: Printer, coverage: Coverage, facts: Mapping[str, str]) -> None:
+    """The closing summary.
+
+    Args:
+        printer: where to.
+        coverage: what the statistics rest on.
+        facts: what else to say about the run: label -> value.
+    """
+
+    def row(label: str, value: str) -> None:
+        printer.wrapped(value, f"  {label:<20}: ", " " * 24)
+
+    printer.line("=" * WIDTH)
+    printer.line("  ACTIVATION STATISTICS SUMMARY")
+    printer.line("-" * WIDTH)
+    for label, value in facts.items():
+        row(label, value)
+    row("Tokens in total", f"{coverage.tokens:,}")
+    row("Weights recorded", f"{coverage.recorded:,} of {coverage.weights:,}")
+    if coverage.layers:
+        least = coverage.least_fed
+        printer.line("-" * WIDTH)
+        row("Experts", f"{coverage.experts:,} in {len(coverage.layers)} layers")
+        row("  saw no token", f"{coverage.unseen:,}")
+        row(f"  saw fewer than {ENOUGH}", f"{coverage.starved:,} (these take their layer's statistics)")
+        row("Least-fed layer", least.name)
+        starved = f"{least.starved} of {len(least.tokens)} experts under {ENOUGH} tokens"
+        printer.wrapped(f"{starved}, median {median(least.tokens):,g}", " " * 24, " " * 24)
+    printer.line("-" * WIDTH)
+    advice = coverage.advice()
+    zone, word = (Zone.WARN, "POOR") if advice else (Zone.GOOD, "GOOD")
+    printer.line(f"  COVERAGE: {printer.mark(zone, word)}")
+    if advice:
+        printer.wrapped(advice)
+    printer.line("=" * WIDTH)

@@ -1,0 +1,283 @@
+"""Runs of the command line that can be killed, starved and measured, by the hundred.
+
+A process of its own takes two seconds to import torch. So one server imports it, starts no thread, and
+forks a child for every run: a real process with its own memory, limits and signals, in 20 ms. A child can
+be told to do something `at` one of its operations on files, counted over all its threads:
+
+    start("--input_dir", …, at=At("fsync", 3, do="kill"))      # SIGKILL before the third fsync
+    start("--input_dir", …, at=At("open", where="config.json", do="os.truncate(path, 0)"))
+"""
+
+import atexit
+import contextlib
+import functools
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+OPERATIONS = ("mkdir", "open", "ftruncate", "pwrite", "fsync", "close", "rename", "unlink")
+"""Functions of `os` through which everything goes that a run does to files."""
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class At:
+    """A moment: before the `number`-th call of an operation ("" for any) on a path that holds `where`.
+
+    `do` is "kill", "stop" (SIGSTOP) or statements, run once; they see the operation's `path`.
+    """
+
+    operation: str = ""
+    number: int = 1
+    where: str = ""
+    do: str = "kill"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run ended.
+
+    Attributes:
+        rc: exit code, or minus the signal's number.
+        out, err: what it printed.
+        seconds, cpu: wall clock and processor time.
+        grown: bytes its largest size was above the server's.
+        operations: (operation, path) in the order of the calls, if it was given an `at` and not killed.
+    """
+
+    rc: int
+    out: str
+    err: str
+    seconds: float
+    cpu: float
+    grown: int
+    operations: list[tuple[str, str]] = field(default_factory=list)
+
+
+class Started:
+    """A run under way."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.pid = int(_eventually(folder / "pid", 60))
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    def wait(self, timeout: float = 60) -> Ended:
+        """How it ended; a run that does not end in time is killed.
+
+        Raises:
+            TimeoutError: it did not.
+        """
+        try:
+            result = json.loads(_eventually(self._folder / "result", timeout))
+        except TimeoutError:
+            self.kill()
+            raise TimeoutError((self._folder / "err").read_text()) from None
+        out, err = ((self._folder / name).read_text(errors="replace") for name in ("out", "err"))
+        return Ended(out=out, err=err, **result)
+
+
+def _eventually(path: Path, timeout: float) -> str:
+    deadline = time.monotonic() + timeout
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise TimeoutError(path)
+        time.sleep(0.001)
+    return path.read_text()
+
+
+class _Server:
+    """The process that children are forked from."""
+
+    def __init__(self) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        self._lock = threading.Lock()
+        self._process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, text=True, cwd=REPOSITORY
+        )
+
+    def send(self, task: dict) -> None:
+        with self._lock:
+            self._process.stdin.write(json.dumps(task) + "\n")
+            self._process.stdin.flush()
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+        self.folder.cleanup()
+
+
+@functools.cache
+def _server() -> _Server:
+    server = _Server()
+    atexit.register(server.close)
+    return server
+
+
+def start(
+    *arguments: object,
+    at: At | None = None,
+    before: str = "",
+    umask: int | None = None,
+    limits: dict[int, int] | None = None,
+) -> Started:
+    """Start `quantize_fp8.main(arguments)`.
+
+    Args:
+        arguments: of the command line.
+        at: something to do in the middle of it.
+        before: statements to run first.
+        umask: of the run.
+        limits: soft and hard resource limits.
+    """
+    server = _server()
+    folder = Path(tempfile.mkdtemp(dir=server.folder.name))
+    server.send(
+        {
+            "folder": str(folder),
+            "arguments": [str(a) for a in arguments],
+            "at": at and asdict(at),
+            "before": before,
+            "umask": umask,
+            "limits": list((limits or {}).items()),
+        }
+    )
+    return Started(folder)
+
+
+def run(*arguments: object, timeout: float = 60, **options: object) -> Ended:
+    """`start`, then wait for the end."""
+    return start(*arguments, **options).wait(timeout)
+
+
+# --- in the server -----------------------------------------------------------------------------
+
+
+def _serve() -> None:
+    sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
+    import torch  # noqa: F401
+
+    import fp8lib.job
+    import fp8lib.pairing
+    import fp8lib.pipeline  # noqa: F401
+
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    for line in sys.stdin:
+        if os.fork() == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            _keep(json.loads(line))
+
+
+def _keep(task: dict) -> None:
+    """Fork the run itself, wait for it and write down how it ended."""
+    folder = Path(task["folder"])
+    begun = time.monotonic()
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    pid = os.fork()
+    if pid == 0:
+        _be(task)
+    _write(folder / "pid", str(pid))
+    _, status, usage = os.wait4(pid, 0)
+    log = folder / "operations"
+    result = {
+        "rc": os.waitstatus_to_exitcode(status),
+        "seconds": time.monotonic() - begun,
+        "cpu": usage.ru_utime + usage.ru_stime,
+        "grown": 1024 * (usage.ru_maxrss - size),
+        "operations": json.loads(log.read_text()) if log.exists() else [],
+    }
+    _write(folder / "result", json.dumps(result))
+    os._exit(0)
+
+
+def _write(path: Path, text: str) -> None:
+    path.with_suffix(".new").write_text(text)
+    path.with_suffix(".new").rename(path)
+
+
+def _be(task: dict) -> None:
+    """Become the run."""
+    folder = Path(task["folder"])
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), number)
+    import quantize_fp8
+
+    rc = 99
+    try:
+        if task["umask"] is not None:
+            os.umask(task["umask"])
+        for which, value in task["limits"]:
+            resource.setrlimit(which, (value, value))
+        if task["at"]:
+            _watch(At(**task["at"]), folder / "operations")
+        exec(task["before"], {})
+        rc = quantize_fp8.main(task["arguments"])
+    except SystemExit as stop:
+        rc = stop.code
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(rc)
+
+
+def _watch(at: At, log: Path) -> None:
+    """Note operations, and do at one of them what is to be done."""
+    lock = threading.Lock()
+    called: list[tuple[str, str]] = []
+    paths: dict[int, str] = {}
+    left = at.number
+
+    def watched(name: str, function: object) -> object:
+        def call(target: object, *arguments: object, **options: object) -> object:
+            nonlocal left
+            path = paths.get(target, "") if isinstance(target, int) else os.fsdecode(target)
+            with lock:
+                called.append((name, path))
+                left -= at.operation in ("", name) and at.where in path
+                now = left == 0
+                left -= now
+            if now:
+                _do(at.do, path)
+            result = function(target, *arguments, **options)
+            if name == "open":
+                paths[result] = path
+            return result
+
+        return call
+
+    for name in OPERATIONS:
+        setattr(os, name, watched(name, getattr(os, name)))
+    end = os._exit
+
+    def ended(code: int) -> None:
+        log.write_text(json.dumps(called))
+        end(code)
+
+    os._exit = ended
+
+
+def _do(what: str, path: str) -> None:
+    if what in ("kill", "stop"):
+        os.kill(os.getpid(), signal.SIGKILL if what == "kill" else signal.SIGSTOP)
+    else:
+        exec(what, {"os": os, "time": time, "signal": signal, "path": path})
+
+
+if __name__ == "__main__":
+    _serve()
