@@ -1,8 +1,9 @@
 """Makes checkpoints of the real models' shapes: full of random weights, or as sparse files.
 
 Names, shapes and sharding follow the official BF16 releases: fused experts `[E, 2*I, H]`, every fourth
-layer full attention, one draft layer under `mtp.`, a vision tower left out. A sparse file has a true
-header and true length but no data blocks: hundreds of GB that take megabytes on disk and read as zeros.
+layer full attention, one draft layer under `mtp.`, a vision tower (0.45 B) left out. A sparse file has a
+true header and true length but no data blocks: hundreds of GB that take megabytes on disk and read as
+zeros.
 """
 
 import json
@@ -16,7 +17,11 @@ BF16_BYTES = 2
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a model; `experts` 0 for a dense one, then `intermediate` is the MLP's width."""
+    """Sizes of a model; `experts` 0 for a dense one, then `intermediate` is the MLP's width.
+
+    A shared expert is as wide as a routed one. Without `fused` every expert has tensors of its own, as in
+    what transformers saves.
+    """
 
     hidden: int
     layers: int
@@ -30,6 +35,7 @@ class Shape:
     linear_head_dim: int = 128
     vocabulary: int = 248320
     mtp: bool = True
+    fused: bool = True
 
 
 MODELS = {
@@ -38,6 +44,9 @@ MODELS = {
     "35B-A3B": Shape(2048, 40, 512, 256),
     "27B": Shape(5120, 64, 17408, heads=24, kv_heads=4, linear_value_heads=48),
 }
+"""The names count neither the draft layer (6.6 B of 397B-A17B) nor all of the vision tower."""
+SHARDS = {"397B-A17B": 94, "122B-A10B": 39, "35B-A3B": 14}
+"""Files of the BF16 releases."""
 BENCHMARK = replace(MODELS["35B-A3B"], layers=4, experts=128, vocabulary=32768, mtp=False)
 """1.9 B parameters at the shapes of 35B-A3B."""
 
@@ -85,17 +94,22 @@ def _layer(name: str, s: Shape, *, full_attention: bool) -> Iterator[tuple[str, 
         yield f"{name}.linear_attn.norm.weight", (s.linear_head_dim,)
         yield f"{name}.linear_attn.out_proj.weight", (s.hidden, values)
     if not s.experts:
-        for projection in ("gate_proj", "up_proj"):
-            yield f"{name}.mlp.{projection}.weight", (s.intermediate, s.hidden)
-        yield f"{name}.mlp.down_proj.weight", (s.hidden, s.intermediate)
+        yield from _mlp(f"{name}.mlp", s)
         return
     yield f"{name}.mlp.gate.weight", (s.experts, s.hidden)
-    yield f"{name}.mlp.experts.gate_up_proj", (s.experts, 2 * s.intermediate, s.hidden)
-    yield f"{name}.mlp.experts.down_proj", (s.experts, s.hidden, s.intermediate)
-    for projection in ("gate_proj", "up_proj"):
-        yield f"{name}.mlp.shared_expert.{projection}.weight", (s.intermediate, s.hidden)
-    yield f"{name}.mlp.shared_expert.down_proj.weight", (s.hidden, s.intermediate)
+    if s.fused:
+        yield f"{name}.mlp.experts.gate_up_proj", (s.experts, 2 * s.intermediate, s.hidden)
+        yield f"{name}.mlp.experts.down_proj", (s.experts, s.hidden, s.intermediate)
+    for expert in range(0 if s.fused else s.experts):
+        yield from _mlp(f"{name}.mlp.experts.{expert}", s)
+    yield from _mlp(f"{name}.mlp.shared_expert", s)
     yield f"{name}.mlp.shared_expert_gate.weight", (1, s.hidden)
+
+
+def _mlp(name: str, s: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for projection in ("gate_proj", "up_proj"):
+        yield f"{name}.{projection}.weight", (s.intermediate, s.hidden)
+    yield f"{name}.down_proj.weight", (s.hidden, s.intermediate)
 
 
 def write(folder: Path, shape: Shape, shards: int, *, sparse: bool = False, std: float = 0.02) -> None:

@@ -4,22 +4,28 @@ Everything that flags, headers and the prompts file can refuse is refused before
 and long before the model is loaded. The file is written at the very end, complete or not at all.
 """
 
+import math
 import os
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from fp8lib import Fp8Error, __version__, memory
+from fp8lib import Fp8Error, __version__
 from fp8lib.checkpoint import Checkpoint, open_checkpoint, printable
 from fp8lib.plan import Plan, make_plan
 from fp8lib.prompts import Prompt, make_batches, read_prompts, require_tokenizer, tokenize
 from fp8lib.report import Printer, size
 from fp8lib.stats import SUFFIXES, without_prefix, write_statistics
 from fp8lib.writer import partial_path, refusing_disk_errors
+
+if TYPE_CHECKING:  # most refusals need no library, and come faster without
+    import torch
 
 _SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
 """Values of --device_map that let accelerate divide the model among devices and host."""
@@ -54,51 +60,65 @@ def run(options: Options, printer: Printer, warn: Callable[[str], None]) -> None
         Fp8Error: refused or failed. There is no new file then.
     """
     started = time.monotonic()
-    _check_output(options.output)
-    checkpoint = open_checkpoint(options.model_dir)
-    plan = make_plan(checkpoint)
-    prompts = read_prompts(options.prompts_file)
-    require_tokenizer(checkpoint.root)
-    _silence_libraries(options)
-    device = _device(options)
-    _check_memory(options, checkpoint, device)
+    plan, prompts, device = _refuse_early(options)
     transformers = _transformers(options)
 
     from fp8lib import calibration_report, coverage
 
-    config = _load(transformers.AutoConfig, checkpoint.root, "config.json").get_text_config()
-    tokenizer = _load(transformers.AutoTokenizer, checkpoint.root, "the tokenizer")
+    root = plan.checkpoint.root
+    config = _load(transformers.AutoConfig, root, "config.json").get_text_config()
+    tokenizer = _load(transformers.AutoTokenizer, root, "the tokenizer")
     ids = _tokens(options, prompts, tokenizer, config.vocab_size)
-    pad = tokenizer.pad_token_id or 0
-    batches = make_batches(ids, options.batch_size, options.max_prompt_tokens, pad)
+    batches = make_batches(ids, options.batch_size, options.max_prompt_tokens, tokenizer.pad_token_id or 0)
     inputs, generated = _collect(options, plan, config, tokenizer, batches, device)
-    prompt_tokens = sum(batch.tokens for batch in batches)
-    entries, covered = coverage.make_entries(plan, inputs, prompt_tokens + generated)
+    tokens = sum(batch.tokens for batch in batches)
+    entries, covered = coverage.make_entries(plan, inputs, tokens + generated)
     _warn_unrecorded(plan, entries, warn)
-    provenance = {
-        "producer": f"collect_activation_stats {__version__}",
-        "model_type": checkpoint.config["model_type"],
-        "mode": "one layer at a time" if options.layerwise else "whole model",
-        "prompts": len(prompts),
-        "prompts_file": options.prompts_file.name if options.prompts_file else "built in",
-        "prompt_tokens": prompt_tokens,
-        "generated_tokens": generated,
-        "experts_own_statistics_from": coverage.ENOUGH,
-        "transformers": transformers.__version__,
-        "torch": _torch_version(),
-    }
+    provenance = _provenance(options, plan, len(prompts), tokens, generated)
     write_statistics(options.output, entries, provenance)
     facts = {
-        "Model": f"{printable(checkpoint.root)} ({provenance['model_type']}), {provenance['mode']}",
-        "Prompts": f"{len(prompts)} ({provenance['prompts_file']}), "
-        f"{prompt_tokens:,} tokens and {generated:,} generated",
-        "Time": f"{time.monotonic() - started:.0f} s",
+        "Model": f"{printable(root)} ({provenance['model_type']}), {provenance['mode']}",
+        "Prompts": f"{len(prompts)} ({provenance['prompts_file']})",
+        "Tokens": f"{tokens + generated:,}: {tokens:,} of prompts, {generated:,} generated",
+        "Time": f"{time.monotonic() - started:,.0f} s",
         "Written": f"{printable(options.output)} ({size(options.output.stat().st_size)})",
     }
     calibration_report.print_summary(printer, covered, facts)
 
 
+def _provenance(options: Options, plan: Plan, prompts: int, tokens: int, generated: int) -> dict:
+    """Where the statistics come from, for the file itself."""
+    import torch
+    import transformers
+
+    from fp8lib.coverage import ENOUGH
+
+    return {
+        "producer": f"collect_activation_stats {__version__}",
+        "model_type": plan.checkpoint.config["model_type"],
+        "mode": "one layer at a time" if options.layerwise else "whole model",
+        "prompts": prompts,
+        "prompts_file": printable(options.prompts_file.name) if options.prompts_file else "built in",
+        "prompt_tokens": tokens,
+        "generated_tokens": generated,
+        "own_statistics_from_tokens": ENOUGH,
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+    }
+
+
 # --- refusals ----------------------------------------------------------------------------------
+
+
+def _refuse_early(options: Options) -> tuple[Plan, list[Prompt], "torch.device | None"]:
+    """Everything that needs no library but torch to be found wrong."""
+    _check_output(options.output)
+    plan = make_plan(open_checkpoint(options.model_dir))
+    prompts = read_prompts(options.prompts_file)
+    require_tokenizer(plan.checkpoint.root)
+    device = _device(options)
+    _check_memory(options, plan.checkpoint, device)
+    return plan, prompts, device
 
 
 def _check_output(path: Path) -> None:
@@ -119,7 +139,7 @@ def _check_output(path: Path) -> None:
             probe.unlink(missing_ok=True)
 
 
-def _device(options: Options):
+def _device(options: Options) -> "torch.device | None":
     """The torch device that --device_map names; None where accelerate is to spread the model."""
     import torch
 
@@ -142,43 +162,37 @@ def _device(options: Options):
     return device
 
 
-def _check_memory(options: Options, checkpoint: Checkpoint, device) -> None:
+def _check_memory(options: Options, checkpoint: Checkpoint, device: "torch.device | None") -> None:
     """Refuse a model, or in layerwise mode a layer, that is larger than the memory there is."""
-    import torch
+    from fp8lib import memory
 
-    host = memory.available_on_host()
-    if device is None:
-        there = host + sum(memory.available_on_cuda(i) for i in range(torch.cuda.device_count()))
-    else:
-        there = memory.available_on_cuda(device.index or 0) if device.type == "cuda" else host
+    parts = _bytes_in_bf16(checkpoint)
+    there = memory.available(device)
     shown = printable(checkpoint.root)
-    layers: dict[str, int] = {}
-    for shard in checkpoint.shards:
-        for tensor in shard.tensors:
-            if tensor.name.startswith("mtp.") or ".visual." in f".{tensor.name}":
-                continue  # text prompts do not need them
-            name = without_prefix(tensor.name)
-            layer = ".".join(name.split(".")[:2]) if name.startswith("layers.") else name
-            layers[layer] = layers.get(layer, 0) + 2 * _elements(tensor.shape)
     if options.layerwise:
-        need = max((n for name, n in layers.items() if name.startswith("layers.")), default=0)
+        need = max((n for name, n in parts.items() if name.startswith("layers.")), default=0)
         if need > there:
             raise Fp8Error(
                 f"{shown}: its largest layer is {size(need)} in BF16, and {size(there)} of memory is free; "
                 "use a device with more"
             )
-    elif (need := sum(layers.values())) > there:
+    elif (need := sum(parts.values())) > there:
         raise Fp8Error(
             f"{shown}: {size(need)} in BF16, and {size(there)} of memory is free; "
             "add --layerwise to hold one layer at a time"
         )
 
 
-def _elements(shape: tuple[int, ...]) -> int:
-    count = 1
-    for extent in shape:
-        count *= extent
-    return count
+def _bytes_in_bf16(checkpoint: Checkpoint) -> dict[str, int]:
+    """What the text model takes in memory, by layer and by tensor that is in none."""
+    parts: Counter[str] = Counter()
+    for shard in checkpoint.shards:
+        for tensor in shard.tensors:
+            name = without_prefix(tensor.name)
+            if not name.startswith("mtp.") and ".visual." not in f".{name}":
+                part = ".".join(name.split(".")[:2]) if name.startswith("layers.") else name
+                parts[part] += 2 * math.prod(tensor.shape)
+    return parts
 
 
 def _warn_unrecorded(plan: Plan, entries: dict, warn: Callable[[str], None]) -> None:
@@ -195,16 +209,12 @@ def _warn_unrecorded(plan: Plan, entries: dict, warn: Callable[[str], None]) -> 
 # --- libraries ---------------------------------------------------------------------------------
 
 
-def _silence_libraries(options: Options) -> None:
-    """Nothing but this tool's own lines on stderr, and no network: the model is a local directory."""
+def _transformers(options: Options):
+    """The library: off the network, the model is a local directory, and quiet, unless it is debugged."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not options.debug:
         warnings.simplefilter("ignore")
-
-
-def _transformers(options: Options):
-    """The library, told to be quiet too."""
     try:
         import accelerate  # noqa: F401 - device_map needs it, and would say so late
         import transformers
@@ -226,12 +236,6 @@ def _load(kind, root: Path, what: str):
             f"{printable(root)}: transformers cannot read {what} "
             f"({type(error).__name__}: {printable(' '.join(str(error).split()))})"
         ) from error
-
-
-def _torch_version() -> str:
-    import torch
-
-    return torch.__version__
 
 
 # --- work --------------------------------------------------------------------------------------

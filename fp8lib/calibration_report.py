@@ -77,7 +77,6 @@ def print_summary(printer: Printer, coverage: Coverage, facts: Mapping[str, str]
     printer.line("-" * WIDTH)
     for label, value in facts.items():
         row(label, value)
-    row("Tokens in total", f"{coverage.tokens:,}")
     row("Weights recorded", f"{coverage.recorded:,} of {coverage.weights:,}")
     if coverage.layers:
         least = coverage.least_fed

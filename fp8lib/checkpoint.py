@@ -302,7 +302,9 @@ def _shard_names(root: Path) -> tuple[list[str], dict[str, str] | None]:
     present = _present(root)
     if not os.path.lexists(root / INDEX):
         if not present:
-            raise Fp8Error(f"{printable(root)}: no *.safetensors file in it")
+            raise Fp8Error(
+                f"{printable(root)}: no *.safetensors file in it; give the directory that holds the model"
+            )
         _check_numbering(root, present)
         _check_shard_names(root, present)
         return present, None

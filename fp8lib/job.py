@@ -142,7 +142,9 @@ def _quantize(options: Options, talk: Talk, ranks: Ranks) -> Zone:
         extra_files=[p.as_posix() for p in plan.checkpoint.extra_files],
     )
     state = output_dir.inspect(options.output_dir, plan, mine, options.overwrite)
-    output_dir.check_space(options.output_dir, plan, state)
+    samples = options.verify_samples if options.verify else 0
+    measured = sum(len(s.matrices[:samples]) for s in plan.shards)
+    output_dir.check_space(options.output_dir, plan, state, measured)
     with closing(output_dir.Lock(options.output_dir)):
         results, todo = _resume(options, plan, state, mine)
         output_dir.prepare(options.output_dir, state, complete=not todo.quantize)

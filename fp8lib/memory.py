@@ -3,8 +3,18 @@
 import os
 from pathlib import Path
 
+import torch
 
-def available_on_host() -> int:
+
+def available(device: torch.device | None) -> int:
+    """Free bytes of a device; of the host and all CUDA devices together for None."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.mem_get_info(device.index or 0)[0]
+    indexes = range(torch.cuda.device_count() if device is None else 0)
+    return _available_on_host() + sum(torch.cuda.mem_get_info(i)[0] for i in indexes)
+
+
+def _available_on_host() -> int:
     """Bytes that can still be allocated without swapping."""
     try:
         with open("/proc/meminfo") as file:
@@ -35,10 +45,3 @@ def _left_in_containers() -> list[int]:
             pass
         folder = folder.parent
     return left
-
-
-def available_on_cuda(index: int) -> int:
-    """Free bytes of a CUDA device."""
-    import torch
-
-    return torch.cuda.mem_get_info(index)[0]

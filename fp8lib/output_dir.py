@@ -146,18 +146,28 @@ def _is_complete(path: Path, shard: ShardPlan) -> bool:
         return False
 
 
-def check_space(folder: Path, plan: Plan, state: State) -> None:
+def check_space(folder: Path, plan: Plan, state: State, measured: int) -> None:
     """Refuse a disk without room for what is still to be written.
+
+    Args:
+        folder: the output directory, or where it will be.
+        plan: of the output.
+        state: what `inspect` found.
+        measured: weights whose measurements the manifest will hold.
 
     Raises:
         Fp8Error: with both numbers.
     """
-    needed = plan.output_bytes() - sum(s.size for s in plan.shards if s.name in state.finished)
     existing = folder
     while not existing.exists():
         existing = existing.parent
     with refusing_disk_errors(folder):
         free = shutil.disk_usage(existing).free
+        block = os.statvfs(existing).f_frsize
+    sizes = [size for name, size in plan.file_sizes().items() if name not in state.finished]
+    # The manifest is replaced by a new one beside it; a shard or a measurement takes under 400 bytes of it.
+    sizes += 2 * [4096 + 400 * (2 * len(plan.shards) + measured)]
+    needed = sum(-(-size // block) * block for size in sizes)
     for path in (*state.remove, *state.leftovers):
         with suppress(FileNotFoundError):
             # Blocks, not length: a shard that was just begun is a hole of its full length.

@@ -16,7 +16,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fp8lib import Fp8Error, __version__
-from fp8lib.checkpoint import ITEM_SIZE, Checkpoint, Shard, Tensor, printable, require_supported
+from fp8lib.checkpoint import (
+    CONFIG,
+    INDEX,
+    ITEM_SIZE,
+    Checkpoint,
+    Shard,
+    Tensor,
+    printable,
+    require_supported,
+)
 from fp8lib.rules import (
     BLOCK,
     blocks,
@@ -147,11 +156,16 @@ class Plan:
             "weight_map": dict(sorted(weight_map.items())),
         }
 
+    def file_sizes(self) -> dict[str, int]:
+        """Bytes of every file of the output, by its path in it; the manifest of the run comes on top."""
+        root = self.checkpoint.root
+        sizes = {shard.name: shard.size for shard in self.shards}
+        sizes |= {p.as_posix(): (root / p).stat().st_size for p in self.checkpoint.extra_files}
+        return sizes | {CONFIG: len(to_json(self.config())), INDEX: len(to_json(self.index()))}
+
     def output_bytes(self) -> int:
-        """Bytes of all files of the output."""
-        extra = sum((self.checkpoint.root / p).stat().st_size for p in self.checkpoint.extra_files)
-        documents = len(to_json(self.config())) + len(to_json(self.index()))
-        return sum(s.size for s in self.shards) + extra + documents
+        """Bytes of all of them."""
+        return sum(self.file_sizes().values())
 
 
 def to_json(document: dict) -> bytes:
@@ -263,12 +277,13 @@ def _check_fused(experts: str, parts: dict[str, Tensor]) -> None:
     up, down = parts["gate_up_proj"], parts["down_proj"]
     if up.shape[1] % 2:
         raise Fp8Error(
-            f"{printable(up.name)}: {up.shape[1]} rows cannot be halved into gate_proj and up_proj"
+            f"{printable(up.name)}: {up.shape[1]} rows cannot be halved into gate_proj and up_proj; "
+            "repair the model"
         )
     if (up.shape[0], up.shape[2], up.shape[1] // 2) != down.shape:
         raise Fp8Error(
             f"{printable(experts)}: gate_up_proj {list(up.shape)} and down_proj {list(down.shape)} "
-            "do not fit together"
+            "do not fit together; repair the model"
         )
 
 
@@ -288,7 +303,8 @@ def _check_single(experts: str, members: dict[str, Tensor]) -> None:
                 )
     if shapes["gate_proj"] != shapes["up_proj"] or shapes["gate_proj"][::-1] != shapes["down_proj"]:
         raise Fp8Error(
-            f"{printable(experts)}: shapes of gate, up and down do not fit: {list(shapes.values())}"
+            f"{printable(experts)}: shapes of gate, up and down do not fit: {list(shapes.values())}; "
+            "repair the model"
         )
 
 
@@ -297,7 +313,9 @@ def _check_output_names(shards: tuple[ShardPlan, ...]) -> None:
     for shard in shards:
         for output in shard.outputs():
             if output.name in seen:
-                raise Fp8Error(f"{printable(output.name)}: the output would hold it twice")
+                raise Fp8Error(
+                    f"{printable(output.name)}: the output would hold it twice; remove the stale tensor"
+                )
             seen.add(output.name)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -60,8 +61,6 @@ class Printer:
         return f"\033[{_COLOURS[zone]}m{text}\033[0m" if self.colour else text
 
     def wrapped(self, text: str, first: str = "  ", rest: str = "  ") -> None:
-        import textwrap
-
         for line in textwrap.wrap(
             text, WIDTH + 12, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False
         ):
@@ -80,7 +79,9 @@ class Progress(AbstractContextManager):
     """A bar over input bytes on a terminal, a plain line per shard elsewhere; nothing if quiet."""
 
     def __init__(self, total: int, shards: int, quiet: bool) -> None:
-        self._plain = not quiet and not sys.stderr.isatty()
+        # A terminal without a width, as some job runners give, cannot show a bar either.
+        bar = sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+        self._plain = not quiet and not bar
         self._shards, self._done = shards, 0
         self._bar = tqdm(
             total=total,
@@ -126,17 +127,17 @@ def print_plan(plan: Plan, printer: Printer) -> None:
     for kind, members in sorted(kinds.items()):
         shapes = Counter(f"[{m.rows}, {m.columns}]" for m in members)
         shape = next(iter(shapes)) + (" and others" if len(shapes) > 1 else "")
-        printer.line(f"    {len(members):>7}  {printable(kind)}  {shape}")
+        printer.line(f"  {len(members):>6}  {printable(kind.removesuffix('.weight'))}  {shape}")
     printer.line("  Kept as they are")
     reasons: dict[str, list] = defaultdict(list)
     for kept in plan.kept:
         reasons[kept.reason].append(kept.tensor)
     for reason, tensors in sorted(reasons.items(), key=lambda item: -sum(t.nbytes for t in item[1])):
         total = sum(t.nbytes for t in tensors)
-        printer.line(f"    {len(tensors):>7}  {size(total):>8}  {reason}")
+        printer.wrapped(reason, f"  {len(tensors):>6}  {size(total):>8}  ", " " * 20)
         names = sorted({_kind(t.name) for t in tensors})
         shown = ", ".join(map(printable, names[:4])) + (", …" if names[4:] else "")
-        printer.wrapped(shown, " " * 13, " " * 13)
+        printer.wrapped(shown, " " * 10, " " * 10)
     printer.line("-" * WIDTH)
     for shard in plan.shards:
         printer.line(

@@ -299,8 +299,10 @@ def test_safetensors_metadata(
         ("moe", {"f32_extras": True, "shards": 3}),
         ("text", {"dtype": torch.float16}),
         ("text", {"hidden_size": 192}),
+        # Scales of one block, 2 bytes, between kept tensors of 4 bytes an element.
+        ("text", {"hidden_size": 128, "intermediate_size": 128, "dtype": torch.float32}),
     ],
-    ids=["moe", "F32 extras in three shards", "F16", "edge blocks"],
+    ids=["moe", "F32 extras in three shards", "F16", "edge blocks", "F32 and single blocks"],
 )
 def test_tensors_are_aligned_to_their_dtype_and_leave_no_holes(
     kind: str, arguments: dict, checkpoint: Callable, quantized: Callable

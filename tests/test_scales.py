@@ -73,14 +73,15 @@ def log_normal(shape: tuple[int, int], seed: int = 0) -> torch.Tensor:
 
 
 def three_levels(shape: tuple[int, int], seed: int = 0) -> torch.Tensor:
-    """One weight of 1 per block, a hundredth of the weights 2^-9 of it, all others 2^-14: subnormals.
+    """In every block one weight of 1 to 2, some between 2^-7.5 and 2^-4.5, and a bulk of subnormals.
 
-    The few in the middle make up most of the loss, the many at the bottom the difference between scales.
+    The few in the middle make up most of the loss, the many below it much of what tells scales apart.
     """
-    weights = gaussian(shape, seed) / 0.02 * 2.0**-14
-    middle = torch.rand(shape, generator=seeded(seed + 1)) < 0.01
-    weights[middle] *= 2.0**5
-    weights[::128, ::128] = 1.0
+    weights, rng = gaussian(shape, seed) / 0.02, np.random.default_rng(seed)
+    for _, _, block in reference.tiles(weights.numpy()):
+        middle = rng.random(block.shape) < 10 ** rng.uniform(-3.5, -2)
+        block *= np.where(middle, 2 ** rng.uniform(-7.5, -4.5), 2 ** rng.uniform(-17, -13)).astype("f")
+        block[0, 0] = rng.uniform(1, 2)
     return weights
 
 
@@ -348,6 +349,10 @@ def test_mse_meets_brute_force_in_edge_blocks(shape: tuple[int, int], family: st
     assert_searched(FAMILIES[family](shape).bfloat16(), STATISTICS[statistics](shape[1]))
 
 
+def test_mse_counts_subnormal_weights_also_where_they_are_the_lesser_part_of_the_loss():
+    assert_searched(three_levels((512, 2048)).bfloat16(), None)
+
+
 def test_mse_weighs_a_blocks_channels_against_each_other_and_not_against_other_blocks():
     # What a channel of the second block sees, 10^12 times as much, is no reason to leave the first to chance.
     a = torch.ones(256)
@@ -361,13 +366,13 @@ def test_mse_ignores_what_a_channel_without_weights_sees():
     assert_searched(weights, a)
 
 
-@pytest.mark.parametrize("mantissa", [144, 180, 192, 224, 240])
-@pytest.mark.parametrize("ratio", [1e6, 1e9, 1e12])
-def test_mse_weighs_the_rest_when_the_loudest_channel_has_no_error(ratio: float, mantissa: int):
+@pytest.mark.parametrize("ratio", [1e6, 2e8, 1e9, 1e12])
+def test_mse_weighs_the_rest_when_the_loudest_channel_has_no_error(ratio: float):
     # All weights of one channel are one number: several phases restore it exactly, and among those it
-    # is the other channels that decide, however little they see.
-    weights, a = gaussian((128, 128)).bfloat16(), torch.ones(128)
-    weights[:, 0], a[0] = mantissa / 128 / 64, ratio
+    # is the other channels that decide, however little they see. A block per mantissa of that number.
+    weights, a = gaussian((128, 128 * 32)).bfloat16(), torch.ones(128 * 32)
+    weights[:, ::128] = torch.arange(128, 256, 4) / 128 / 64
+    a[::128] = ratio
     assert_searched(weights, a)
 
 
