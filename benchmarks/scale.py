@@ -73,9 +73,10 @@ def main() -> None:
         write(folder, name)
         plan = make_plan(open_checkpoint(folder))
         planning.append(measure_planning(name, folder, plan, flags.repeat))
-        if not name.endswith(PER_EXPERT):
-            division += [divide(name, plan, n, piece) for n in ranks]
-            prediction += [predict(name, plan, n, piece, rate, flags.storage_gbps) for n in ranks]
+        for n in ranks if not name.endswith(PER_EXPERT) else ():
+            sizes = unit_sizes(plan, n, piece)
+            division.append({"model": name, **divide(sizes, n)})
+            prediction.append({"model": name, **predict(plan, sizes, n, rate, flags.storage_gbps)})
         shutil.rmtree(folder)
     storage = f"{flags.storage_gbps:g} GB/s of storage for all"
     for title, rows in (
@@ -174,14 +175,12 @@ def unit_sizes(plan: Plan, ranks: int, piece: int) -> list[int]:
     ]
 
 
-def divide(name: str, plan: Plan, ranks: int, piece: int) -> dict[str, object]:
-    """How evenly the work falls to ranks of equal speed, and what one slow rank costs."""
-    sizes = unit_sizes(plan, ranks, piece)
+def divide(sizes: Sequence[int], ranks: int) -> dict[str, object]:
+    """How evenly units fall to ranks of equal speed, and what one slow rank costs."""
     taken, _ = claim(sizes, [1.0] * ranks)
     speeds = [0.5] + [1.0] * (ranks - 1)
     _, end = claim(sizes, speeds)
     return {
-        "model": name,
         "ranks": ranks,
         "units": len(sizes),
         "largest unit GB": max(sizes) / 1e9,
@@ -190,14 +189,11 @@ def divide(name: str, plan: Plan, ranks: int, piece: int) -> dict[str, object]:
     }
 
 
-def predict(name: str, plan: Plan, ranks: int, piece: int, rate: float, storage: float) -> dict[str, object]:
+def predict(plan: Plan, sizes: Sequence[int], ranks: int, rate: float, storage: float) -> dict[str, object]:
     """Wall time of the job: of its busiest rank, or of the storage if that takes longer."""
-    sizes = unit_sizes(plan, ranks, piece)
     _, busiest = claim(sizes, [rate * 1e9] * ranks)
-    written = sum(shard.size for shard in plan.shards)
-    disk = (sum(sizes) + written) / (storage * 1e9)
+    disk = (sum(sizes) + sum(shard.size for shard in plan.shards)) / (storage * 1e9)
     return {
-        "model": name,
         "ranks": ranks,
         "computing s": busiest,
         "storage s": disk,

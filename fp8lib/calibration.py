@@ -265,6 +265,8 @@ def _collect(options: Options, plan: Plan, config, tokenizer, batches, device) -
         with Progress(total, "layers", options.quiet) as progress, recorder:
             inputs = layerwise.run(plan.checkpoint, config, batches, device, recorder, progress)
         return inputs, 0
+    if not (options.quiet or sys.stderr.isatty()):  # transformers shows a bar on a terminal
+        print(f"loading {printable(plan.checkpoint.root)}", file=sys.stderr, flush=True)
     model = whole_model.load(plan.checkpoint.root, options.device_map)
     stop = whole_model.end_tokens(model, tokenizer)
     with Progress(prompts, "prompts", options.quiet) as progress, recorder:

@@ -1,6 +1,7 @@
 """What a calibration run shows: progress while it runs, and the closing summary."""
 
 import sys
+import textwrap
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -27,7 +28,7 @@ class Progress(AbstractContextManager):
     def __init__(self, total: int, label: str, quiet: bool) -> None:
         self._plain = not quiet and not sys.stderr.isatty()
         self._label, self._tokens, self._started = label, 0, time.monotonic()
-        self._shown = self._started
+        self._shown = self._started - self._INTERVAL  # the first line at once, as a sign of life
         self._bar = tqdm(
             total=total,
             desc=label,
@@ -70,7 +71,10 @@ def print_summary(printer: Printer, coverage: Coverage, facts: Mapping[str, str]
     """
 
     def row(label: str, value: str) -> None:
-        printer.wrapped(value, f"  {label:<20}: ", " " * 24)
+        # Paths and tensor names stay whole, to be copied from the screen.
+        for line in textwrap.wrap(value, WIDTH - 8, break_long_words=False, break_on_hyphens=False):
+            printer.line(f"  {label:<20}: {line}" if label else " " * 24 + line)
+            label = ""
 
     printer.line("=" * WIDTH)
     printer.line("  ACTIVATION STATISTICS SUMMARY")
@@ -86,7 +90,7 @@ def print_summary(printer: Printer, coverage: Coverage, facts: Mapping[str, str]
         row(f"  saw fewer than {ENOUGH}", f"{coverage.starved:,} (these take their layer's statistics)")
         row("Least-fed layer", least.name)
         starved = f"{least.starved} of {len(least.tokens)} experts under {ENOUGH} tokens"
-        printer.wrapped(f"{starved}, median {median(least.tokens):,g}", " " * 24, " " * 24)
+        row("", f"{starved}, median {median(least.tokens):,g}")
     printer.line("-" * WIDTH)
     advice = coverage.advice()
     zone, word = (Zone.WARN, "POOR") if advice else (Zone.GOOD, "GOOD")

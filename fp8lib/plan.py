@@ -41,36 +41,23 @@ _QUANTIZABLE = ("BF16", "F16", "F32")
 
 
 @dataclass(frozen=True, slots=True)
-class Output:
-    """One tensor of an output shard; `start` is the offset of its first byte in the file."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    nbytes: int
-
-
-@dataclass(frozen=True, slots=True)
 class Matrix:
     """A weight matrix to quantize.
 
     Attributes:
-        source: the input tensor it lies in, for messages; a fused tensor holds many.
         dtype: the input's: BF16, F16 or F32.
         start: offset of its first byte in the input shard; its rows are contiguous.
         rows, columns: output and input features.
-        weight: F8_E4M3 [rows, columns].
-        scale: BF16 [ceil(rows/128), ceil(columns/128)].
+        weight: F8_E4M3 [rows, columns], in the output shard.
+        scale: BF16 [ceil(rows/128), ceil(columns/128)], in the output shard.
     """
 
-    source: str
     dtype: str
     start: int
     rows: int
     columns: int
-    weight: Output
-    scale: Output
+    weight: Tensor
+    scale: Tensor
 
     @property
     def input_row_bytes(self) -> int:
@@ -82,7 +69,7 @@ class Passthrough:
     """Bytes copied as they are: `output.nbytes` bytes from `start` of the input shard."""
 
     start: int
-    output: Output
+    output: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +91,7 @@ class ShardPlan:
         """Bytes of tensor data it reads."""
         return sum(t.nbytes for t in self.source.tensors)
 
-    def outputs(self) -> Iterator[Output]:
+    def outputs(self) -> Iterator[Tensor]:
         """Every tensor of the shard, in the order of the file."""
         found = [p.output for p in self.passthrough]
         for matrix in self.matrices:
@@ -378,13 +365,13 @@ def _plan_shard(shard: Shard, kept_names: set[str]) -> ShardPlan:
         start = tensor.start
         for name, rows, columns in matrices_of(tensor):
             weight, scale = outputs[name], outputs[f"{name}_scale_inv"]
-            matrices.append(Matrix(tensor.name, tensor.dtype, start, rows, columns, weight, scale))
+            matrices.append(Matrix(tensor.dtype, start, rows, columns, weight, scale))
             start += rows * columns * ITEM_SIZE[tensor.dtype]
     size = len(header) + sum(d.nbytes for d in drafts)
     return ShardPlan(shard, header, tuple(matrices), tuple(passthrough), size)
 
 
-def _lay_out(drafts: list[_Draft], metadata: dict[str, str] | None) -> tuple[bytes, dict[str, Output]]:
+def _lay_out(drafts: list[_Draft], metadata: dict[str, str] | None) -> tuple[bytes, dict[str, Tensor]]:
     """The header's bytes, length prefix included, and each tensor's place in the file."""
     header: dict[str, object] = {"__metadata__": metadata or {"format": "pt"}}
     end = 0
@@ -398,5 +385,5 @@ def _lay_out(drafts: list[_Draft], metadata: dict[str, str] | None) -> tuple[byt
     outputs = {}
     for draft in drafts:
         start = data_start + header[draft.name]["data_offsets"][0]
-        outputs[draft.name] = Output(draft.name, draft.dtype, draft.shape, start, draft.nbytes)
+        outputs[draft.name] = Tensor(draft.name, draft.dtype, draft.shape, start, draft.nbytes)
     return len(text).to_bytes(8, "little") + text, outputs

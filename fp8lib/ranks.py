@@ -77,6 +77,7 @@ class Ranks:
         self.local_rank = int(os.environ["LOCAL_RANK"])
         self.local_world = int(os.environ["LOCAL_WORLD_SIZE"])
         if self._all_attempts.check(["exit code"]):
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as in `leave`
             raise SystemExit(int(self._all_attempts.get("exit code")))
         if self.is_main:
             self._all_attempts.set("attempt", self.attempt)
@@ -255,3 +256,10 @@ class Ranks:
     def _raise_failure(self) -> None:
         if self._failure is not None:
             raise Fp8Error(self._failure)
+
+
+def refuse_together(error: Exception) -> None:
+    """End together where no job has begun, because of a flag: otherwise torchrun might end rank 0 unheard."""
+    ranks = Ranks()
+    ranks.fail(error)
+    ranks.leave()

@@ -292,10 +292,11 @@ def _read_safetensors(path: Path) -> Entries:
 
 def _read_tensor(path: Path, tensor: Tensor) -> np.ndarray:
     """An F32 tensor's values; not mapped, because a file that shrinks then would end the process."""
+    raw = bytearray(tensor.nbytes)
     with open_regular(path) as file:
         file.seek(tensor.start)
-        raw = file.read(tensor.nbytes)
-    if len(raw) != tensor.nbytes:
+        count = file.readinto(raw)
+    if count != tensor.nbytes:
         raise Fp8Error(f"{printable(path)}: became shorter while it was read; restore it and run again")
     return np.frombuffer(raw, "<f4").reshape(tensor.shape)
 

@@ -65,6 +65,7 @@ def measure(weights: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) ->
     amax, max_abs = original.abs().max(), absolute.max()
     if not _FLOAT32_SQUARES[0] < amax < _FLOAT32_SQUARES[1]:
         original, restored, difference = original.double(), restored.double(), difference.double()
+        absolute = difference.abs()
     sums = [t.mul(t).sum().double() for t in (original, restored, difference)]
     values = torch.stack([*sums, absolute.sum().double(), max_abs.double(), amax.double()])
     return Errors(weights.numel(), *values.tolist())

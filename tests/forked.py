@@ -73,6 +73,18 @@ class Started:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, number)
 
+    def wait_until_stopped(self, timeout: float = 30) -> None:
+        """Wait for the moment of `At(…, do="stop")`.
+
+        Raises:
+            TimeoutError: it does not come.
+        """
+        deadline = time.monotonic() + timeout
+        while Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+            if time.monotonic() > deadline:
+                raise TimeoutError(self.pid)
+            time.sleep(0.005)
+
     def wait(self, timeout: float = 60) -> Ended:
         """How it ended; a run that does not end in time is killed.
 
@@ -266,6 +278,8 @@ def _watch(at: At, log: Path) -> None:
     end = os._exit
 
     def ended(code: int) -> None:
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
         log.write_text(json.dumps(called))
         end(code)
 

@@ -1,9 +1,11 @@
 """The statistics file as it is written: both formats, read back by the quantizer's own reader."""
 
 import json
+import os
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from fp8lib import Fp8Error, stats
@@ -45,8 +47,6 @@ def test_the_quantizer_reads_what_is_written(tmp_path, suffix):
 
 
 def _umask() -> int:
-    import os
-
     mask = os.umask(0)
     os.umask(mask)
     return mask
@@ -75,8 +75,6 @@ def test_safetensors_hold_the_same_under_the_names_with_the_statistic_behind(tmp
         np.testing.assert_array_equal(tensors[f"{name}.input_channel_max"], entry.maximum)
         np.testing.assert_array_equal(tensors[f"{name}.input_channel_mean_square"], entry.mean_square)
         assert tensors[f"{name}.tokens"].item() == entry.tokens
-    from safetensors import safe_open
-
     with safe_open(path, framework="numpy") as file:
         assert file.metadata() == {k: str(v) for k, v in PROVENANCE.items()}
 

@@ -6,7 +6,7 @@ import resource
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+import tiny_checkpoints
 from calibration_runs import KINDS, NO_LIMIT, PAD, NoProgress, collect, plan_of, prompts_of
 from fp8lib import Fp8Error, layerwise
 from fp8lib.checkpoint import ITEM_SIZE, open_checkpoint
@@ -172,14 +173,12 @@ def write_sparse(path: Path, **sizes: int) -> dict[str, int]:
     Returns:
         Bytes by layer and by tensor that is in none.
     """
-    import tiny_checkpoints
-
     tiny_checkpoints.build(path, "moe_text", tokenizer=True, mtp=False, seed=1)
     embedding = load_file(path / "model.safetensors")["model.embed_tokens.weight"]
-    config = transformers.AutoConfig.from_pretrained(path)
-    config.layer_types = None
     raw = json.loads((path / "config.json").read_text()) | sizes | {"moe_intermediate_size": 256}
-    raw["layer_types"] = ["full_attention" if i % 4 == 3 else "linear_attention" for i in range(56)]
+    raw["layer_types"] = [
+        "full_attention" if i % 4 == 3 else "linear_attention" for i in range(raw["num_hidden_layers"])
+    ]
     (path / "config.json").write_text(json.dumps(raw))
     (path / "model.safetensors").unlink()
     config = transformers.AutoConfig.from_pretrained(path)
@@ -210,11 +209,11 @@ def write_sparse(path: Path, **sizes: int) -> dict[str, int]:
 # --- refusals ----------------------------------------------------------------------------------
 
 
-def _without(path: Path, name: str) -> None:
+def _change(path: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
     file = path / "model.safetensors"
-    state = {k: v.clone() for k, v in load_file(file).items() if k != name}
+    state = {k: v.clone() for k, v in load_file(file).items()}
     file.unlink()
-    save_file(state, file)
+    save_file(change(state), file)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +221,7 @@ def _without(path: Path, name: str) -> None:
 )
 def test_a_missing_tensor_is_named(checkpoint, copy_of, name):
     path = copy_of(checkpoint("dense"))
-    _without(path, f"model.language_model.{name}")
+    _change(path, lambda state: {k: v for k, v in state.items() if not k.endswith(f"language_model.{name}")})
     with pytest.raises(Fp8Error, match=rf"{name}.*(missing|complete the checkpoint)"):
         collect_layerwise(path, prompts_of([20]))
 
@@ -243,8 +242,15 @@ def test_a_config_that_asks_for_more_experts_is_refused(checkpoint, copy_of):
     config = json.loads((path / "config.json").read_text())
     config["text_config"]["num_experts"] = 9
     (path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(Fp8Error, match=r"layers\.0\.mlp\.(gate|experts)\S+: "):
+    with pytest.raises(Fp8Error, match=r"layers\.0\.mlp\.gate\.weight: BF16 \[8, 256\] where"):
         collect_layerwise(path, prompts_of([20]))
+    _change(path, lambda state: {k: _ninth_row(k, v) for k, v in state.items()})
+    with pytest.raises(Fp8Error, match=r"layers\.0\.mlp\.experts\.gate_up_proj: missing; complete"):
+        collect_layerwise(path, prompts_of([20]))
+
+
+def _ninth_row(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    return torch.cat([tensor, tensor[:1]]) if name.endswith("mlp.gate.weight") else tensor
 
 
 def test_a_shard_that_shrinks_after_it_was_opened_is_refused(checkpoint, copy_of):
@@ -261,10 +267,9 @@ def test_a_shard_that_shrinks_after_it_was_opened_is_refused(checkpoint, copy_of
 
 def test_a_layer_that_is_not_finite_is_named(checkpoint, copy_of):
     path = copy_of(checkpoint("dense"))
-    file = path / "model.safetensors"
-    state = {k: v.clone() for k, v in load_file(file).items()}
-    state["model.language_model.layers.2.mlp.down_proj.weight"][3, 5] = float("nan")
-    file.unlink()
-    save_file(state, file)
+    broken = {
+        "model.language_model.layers.2.mlp.down_proj.weight": torch.full((256, 512), torch.nan).bfloat16()
+    }
+    _change(path, lambda state: state | broken)
     with pytest.raises(Fp8Error, match=r"^model\.language_model\.layers\.2: NaN or infinite activations"):
         collect_layerwise(path, prompts_of([20]))

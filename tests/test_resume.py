@@ -533,11 +533,7 @@ def stopped(source: Path, tmp_path: Path) -> Iterator[tuple[forked.Started, Path
         "--checksums",
         at=At("fsync", 2, ".safetensors", "stop"),
     )
-    state = Path(f"/proc/{started.pid}/stat")
-    deadline = time.monotonic() + 30
-    while state.read_text().rpartition(")")[2].split()[0] != "T":
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    started.wait_until_stopped()
     yield started, output
     started.kill()
 

@@ -331,6 +331,8 @@ FAMILIES: dict[str, Callable[[tuple[int, int]], torch.Tensor]] = {
     "ternary": ternary,
     "patchwork": mixed,
     "tiny": lambda shape: gaussian(shape) * 1e-28,
+    # Scales just above 2^-126, and many a weight below it, where BF16 itself is subnormal.
+    "smallest with outliers": lambda shape: outliers(shape, 10**2.5) * 2.0**-120,
     "large": lambda shape: gaussian(shape) * 1e32,
     "tiny with outliers": lambda shape: outliers(shape, 1e4) * 1e-28,
 }
@@ -360,9 +362,10 @@ def test_mse_weighs_a_blocks_channels_against_each_other_and_not_against_other_b
     assert_searched(gaussian((256, 256)).bfloat16(), a)
 
 
-def test_mse_ignores_what_a_channel_without_weights_sees():
-    weights, a = gaussian((256, 128)).bfloat16(), torch.ones(128)
-    weights[:, 5], a[5] = 0, 1e12
+@pytest.mark.parametrize("ratio", [1e6, 1e11, 1e20])
+def test_mse_ignores_what_a_channel_without_weights_sees(ratio: float):
+    weights, a = gaussian((1024, 128)).bfloat16(), wide(128)
+    weights[:, 5], a[5] = 0, ratio * a.amax()
     assert_searched(weights, a)
 
 

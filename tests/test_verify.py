@@ -18,7 +18,7 @@ from fp8lib import Fp8Error
 from fp8lib.checkpoint import read_shard
 from fp8lib.health import Measurement, Zone, zone_of
 from fp8lib.modes import Calibration
-from fp8lib.plan import Output, Passthrough, ShardPlan
+from fp8lib.plan import Passthrough, ShardPlan
 from fp8lib.scales import quantize_blocks
 from fp8lib.verify import Errors, combine, measure, sample, structural_problems
 
@@ -269,7 +269,7 @@ def planned(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> ShardPlan:
     path.parent.mkdir()
     save_file(tensors, path)
     shard = read_shard(path)
-    outputs = [Output(t.name, t.dtype, t.shape, t.start, t.nbytes) for t in shard.tensors]
+    outputs = list(shard.tensors)
     return ShardPlan(shard, b"", (), tuple(Passthrough(o.start, o) for o in outputs), shard.size)
 
 
