@@ -83,9 +83,11 @@ def main(arguments: list[str] | None = None) -> int:
     flags = parse(arguments)
     try:
         _run(flags)
-    except Fp8Error as error:
+    except (Fp8Error, ModuleNotFoundError) as error:
         if flags.debug:
             raise
+        if isinstance(error, ModuleNotFoundError):
+            error = f"{error.name} is not installed; pip install -r requirements.txt"
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -215,11 +215,9 @@ def _transformers(options: Options):
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not options.debug:
         warnings.simplefilter("ignore")
-    try:
-        import accelerate  # noqa: F401 - device_map needs it, and would say so late
-        import transformers
-    except ImportError as error:
-        raise Fp8Error(f"{error.name} is not installed; pip install -r requirements.txt") from error
+    import accelerate  # noqa: F401 - device_map needs it, and would say so late
+    import transformers
+
     if not options.debug:
         transformers.utils.logging.set_verbosity(transformers.utils.logging.CRITICAL)
     if options.quiet or not sys.stderr.isatty():

@@ -15,10 +15,11 @@ masks and runs that layer. Of the embedding only the rows of tokens that occur i
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 import torch
@@ -91,7 +92,18 @@ def run(
             recorder.detach()
             model.layers[index] = _PassOn()
             layers[index] = layer = None  # its memory, before the next one's
+            _return_free_memory()
     return recorded
+
+
+def _return_free_memory() -> None:
+    """Give free heap pages back to the system.
+
+    glibc keeps what activations of a few MB leave between longer-lived blocks: 30 MB more with every
+    layer (measured), which over 60 layers is more than the layers themselves.
+    """
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class _PassOn(torch.nn.Module):

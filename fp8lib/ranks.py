@@ -49,7 +49,7 @@ class Ranks:
 
     Raises:
         Fp8Error: rank 0 does not come.
-        SystemExit: an earlier attempt ended in words or with a verdict, which another would repeat.
+        SystemExit: the job has ended, in words or with a verdict, which another attempt would repeat.
     """
 
     def __init__(self) -> None:
@@ -76,9 +76,7 @@ class Ranks:
         self._all_attempts, self.rank, self.world = next(rendezvous("env://"))
         self.local_rank = int(os.environ["LOCAL_RANK"])
         self.local_world = int(os.environ["LOCAL_WORLD_SIZE"])
-        if self._all_attempts.check(["exit code"]):
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as in `leave`
-            raise SystemExit(int(self._all_attempts.get("exit code")))
+        self._exit_if_over()
         if self.is_main:
             self._all_attempts.set("attempt", self.attempt)
         else:
@@ -95,6 +93,7 @@ class Ranks:
         """The attempt in which rank 0 is alive. All ranks of the one before have ended by now."""
         seen: tuple[str, int] | None = None
         for _ in range(round(_ABSENCE / _INTERVAL * 10)):
+            self._exit_if_over()
             if self._all_attempts.check(["attempt"]):
                 attempt = self._all_attempts.get("attempt").decode()
                 now = attempt, self._all_attempts.add(f"{attempt}/pulse/0", 0)
@@ -103,6 +102,11 @@ class Ranks:
                 seen = now
             time.sleep(_INTERVAL / 10)
         raise Fp8Error("rank 0 has not been heard of; look at what its machine says")
+
+    def _exit_if_over(self) -> None:
+        if self._all_attempts.check(["exit code"]):
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as in `leave`
+            raise SystemExit(int(self._all_attempts.get("exit code")))
 
     def _keep_pulse(self) -> None:
         """Beat, and listen: for the next rank, for a failure, for a new attempt. In its own thread."""
@@ -218,6 +222,8 @@ class Ranks:
 
         What was refused in words is final: torchrun may start the ranks again, but they do and say nothing.
         """
+        if self._store is None or self._failure is not None:
+            return
         final = isinstance(error, Fp8Error)
         lines = str(error).splitlines() or [""]
         message = lines[0] if final else f"{type(error).__name__}: {lines[0]}"
@@ -225,17 +231,17 @@ class Ranks:
             message = f"{socket.gethostname()}: {message}"
         self._stop_all(message, final)
 
-    def leave(self, exit_code: int = 0) -> None:
+    def leave(self, exit_code: int | None = None) -> None:
         """Exit together: torchrun ends whoever is left when the first process has failed.
 
         Args:
-            exit_code: of a verdict that another attempt would only repeat.
+            exit_code: of a job that came to its end; who is late or started again will exit with it, too.
         """
         if self._store is None:
             return
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         with suppress(RuntimeError):
-            if exit_code:
+            if exit_code is not None:
                 self._all_attempts.set("exit code", str(exit_code))
             left, deadline = self._store.add("left", 1), time.monotonic() + _LEAVING
             while left < self.world and time.monotonic() < deadline:
@@ -245,8 +251,6 @@ class Ranks:
         self._pulse.join(_LEAVING)
 
     def _stop_all(self, message: str, final: bool = False) -> None:
-        if self._store is None:
-            return
         with suppress(RuntimeError):  # the store may be gone with its owner
             if self._store.add("failures", 1) == 1:
                 if final:

@@ -179,6 +179,9 @@ def _read_json(path: Path) -> Entries:
     with open_regular(path) as file:
         if os.fstat(file.fileno()).st_size > _MAX_JSON:
             raise Fp8Error(f"{shown}: over 2 GB of JSON; collect it as .safetensors")
+        if b"{" not in file.read(_CHUNK):
+            raise Fp8Error(f"{shown}: not a JSON object of tensor names")
+        file.seek(0)
         # Counted first: it takes a fraction of a second, and parsing so many would take minutes.
         if sum(chunk.count(b"{") for chunk in iter(partial(file.read, _CHUNK), b"")) > _MAX_ENTRIES:
             raise Fp8Error(f"{shown}: over {_MAX_ENTRIES:,} entries, more than any model has weights")

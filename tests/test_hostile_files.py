@@ -256,7 +256,7 @@ HEADERS = {
     "a name of nothing": named(""),
     "a name of 10 MB": named("n" * 10_000_000),
     "a name of 10 MB of escapes": named("\x1b" * 10_000_000),
-    "an expert's number of 5,000 digits": named(f"{EXPERTS}.{'9' * 400}.gate_proj.weight"),
+    "an expert's number of 400 digits": named(f"{EXPERTS}.{'9' * 400}.gate_proj.weight"),
     "2^50 empty experts": fused(2**50, 0),
     "10 million experts of 6 bytes": fused(10**7, 1),
     "4 billion empty experts in 45,000 layers": many_fused,
@@ -683,7 +683,9 @@ def test_statistics_are_refused(make: Callable, folder: Path) -> None:
 
 
 OF_ANY_FILE = {
-    k: v for k, v in HEADERS.items() if "of " in k or "a million" in k or "nested" in k or "cut" in k
+    what: spoil
+    for what, spoil in HEADERS.items()
+    if any(word in what for word in ("of ", "a million", "nested", "cut")) and "expert" not in what
 }
 
 

@@ -85,6 +85,16 @@ def three_levels(shape: tuple[int, int], seed: int = 0) -> torch.Tensor:
     return weights
 
 
+def smallest(shape: tuple[int, int], seed: int = 0) -> torch.Tensor:
+    """A sparse bulk below 2^-126, where BF16 itself is subnormal, and an outlier for a normal scale."""
+    weights, rng = gaussian(shape, seed) / 0.02, np.random.default_rng(seed)
+    for _, _, block in reference.tiles(weights.numpy()):
+        kept = rng.random(block.shape) < 10 ** rng.uniform(-2, 0)
+        block *= np.where(kept, 2.0 ** -rng.uniform(126, 130), 0).astype("f")
+        block[0, 0] = 2.0 ** -rng.uniform(113, 117)
+    return weights
+
+
 def sparse(shape: tuple[int, int], density: float, seed: int = 0) -> torch.Tensor:
     return gaussian(shape, seed) * (torch.rand(shape, generator=seeded(seed + 1)) < density)
 
@@ -331,8 +341,7 @@ FAMILIES: dict[str, Callable[[tuple[int, int]], torch.Tensor]] = {
     "ternary": ternary,
     "patchwork": mixed,
     "tiny": lambda shape: gaussian(shape) * 1e-28,
-    # Scales just above 2^-126, and many a weight below it, where BF16 itself is subnormal.
-    "smallest with outliers": lambda shape: outliers(shape, 10**2.5) * 2.0**-120,
+    "smallest": smallest,
     "large": lambda shape: gaussian(shape) * 1e32,
     "tiny with outliers": lambda shape: outliers(shape, 1e4) * 1e-28,
 }
@@ -355,6 +364,10 @@ def test_mse_counts_subnormal_weights_also_where_they_are_the_lesser_part_of_the
     assert_searched(three_levels((512, 2048)).bfloat16(), None)
 
 
+def test_mse_counts_weights_that_are_subnormal_in_bf16():
+    assert_searched(smallest((256, 1024)).bfloat16(), None)
+
+
 def test_mse_weighs_a_blocks_channels_against_each_other_and_not_against_other_blocks():
     # What a channel of the second block sees, 10^12 times as much, is no reason to leave the first to chance.
     a = torch.ones(256)
@@ -364,8 +377,8 @@ def test_mse_weighs_a_blocks_channels_against_each_other_and_not_against_other_b
 
 @pytest.mark.parametrize("ratio", [1e6, 1e11, 1e20])
 def test_mse_ignores_what_a_channel_without_weights_sees(ratio: float):
-    weights, a = gaussian((1024, 128)).bfloat16(), wide(128)
-    weights[:, 5], a[5] = 0, ratio * a.amax()
+    weights, a = gaussian((512, 128)).bfloat16(), mild(128)
+    weights[:, 5], a[5] = 0, ratio
     assert_searched(weights, a)
 
 
