@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from fp8lib import Fp8Error, __version__
 from fp8lib.modes import MODES, PHASES, Calibration
+from fp8lib.ranks import refuse_together
 
 PATIENCE = 1.5
 """Seconds after a signal until the process ends, whatever a slow disk still keeps it from."""
@@ -22,7 +23,7 @@ INTERRUPTED = "interrupted; run the same command again (without --overwrite) to 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {one_line(message)}; see --help\n")
+        raise Fp8Error(f"{message}; see --help")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -138,7 +139,8 @@ def _interruptible() -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) is _interrupt:  # under torchrun, a rank that leaves stays deaf
+                signal.signal(number, handler)
 
 
 # --- streams -----------------------------------------------------------------------------------
@@ -194,11 +196,13 @@ def _lasting_streams() -> Iterator[None]:
 def main(arguments: list[str] | None = None) -> int:
     with _lasting_streams(), _interruptible():
         speaks = os.environ.get("RANK", "0") == "0"  # under torchrun one rank speaks for all
-        debug = False
+        debug = begun = False
         try:
             flags = parse(arguments)
             debug = flags.debug
-            return _run(flags)
+            calibration = _calibration(flags)
+            begun = True
+            return _run(flags, calibration)
         except Interrupted as interrupt:
             if speaks:
                 print(INTERRUPTED, file=sys.stderr, flush=True)
@@ -206,6 +210,8 @@ def main(arguments: list[str] | None = None) -> int:
         except Exception as error:
             if debug:
                 traceback.print_exc()
+            if not begun:
+                refuse_together(error)
             if speaks:
                 print(f"error: {describe(error)}", file=sys.stderr)
             return 2
@@ -227,14 +233,17 @@ def one_line(text: str) -> str:
     return line if line.isprintable() else line.encode("unicode_escape").decode("ascii")
 
 
-def _run(flags: argparse.Namespace) -> int:
-    calibration = Calibration(
+def _calibration(flags: argparse.Namespace) -> Calibration:
+    return Calibration(
         mode=flags.calib_mode,
         rms_factor=flags.rms_factor,
         rms_saturate=flags.rms_saturate,
         percentile=flags.calib_percentile,
         mse_grid_size=flags.mse_grid_size,
     )
+
+
+def _run(flags: argparse.Namespace, calibration: Calibration) -> int:
     from fp8lib import job, report
     from fp8lib.health import Zone
 

@@ -6,7 +6,7 @@ config.json, without which no engine takes a directory for a model, is written l
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -74,10 +74,10 @@ def run(options: Options, talk: Talk) -> Zone:
         else:
             verdict = _quantize(options, talk, ranks)
     except Exception as error:
-        ranks.fail(str(error))
+        ranks.fail(error)
         ranks.leave()
         raise
-    ranks.leave()
+    ranks.leave(exit_code=1 if verdict is Zone.FAIL else 0)
     return verdict
 
 
@@ -132,7 +132,9 @@ def _quantize(options: Options, talk: Talk, ranks: Ranks) -> Zone:
     todo = None if ranks.is_main else Todo(**ranks.wait_for("todo"))
     plan, statistics, covered = _plan(options, talk)
     settings = _pipeline_settings(options, statistics, ranks)
+    terms = _terms(options, plan, statistics)
     if todo is not None:
+        _check_agreement(options, terms, todo.terms, ranks)
         _work_for_main(ranks, settings, options.output_dir, _work(options, plan, settings, ranks, todo))
         return _agree(ranks, None)
 
@@ -145,8 +147,10 @@ def _quantize(options: Options, talk: Talk, ranks: Ranks) -> Zone:
     samples = options.verify_samples if options.verify else 0
     measured = sum(len(s.matrices[:samples]) for s in plan.shards)
     output_dir.check_space(options.output_dir, plan, state, measured)
-    with closing(output_dir.Lock(options.output_dir)):
-        results, todo = _resume(options, plan, state, mine)
+    with closing(output_dir.Lock(options.output_dir, ranks.attempt)), _no_leftovers(options, mine):
+        # Once more: another run may have ended here since.
+        state = output_dir.inspect(options.output_dir, plan, mine, options.overwrite)
+        results, todo = _resume(options, plan, state, mine, terms)
         output_dir.prepare(options.output_dir, state, complete=not todo.quantize)
         mine.save(options.output_dir)
 
@@ -169,10 +173,11 @@ def _quantize(options: Options, talk: Talk, ranks: Ranks) -> Zone:
 
 @dataclass(frozen=True, slots=True)
 class Todo:
-    """Names of the shards that are to be quantized, and of those that only need verification."""
+    """Names of the shards that are to be quantized, of those that only need verification, and `_terms`."""
 
     quantize: list[str]
     verify: list[str]
+    terms: dict
 
     @property
     def count(self) -> int:
@@ -195,6 +200,37 @@ def _verification(options: Options) -> dict | None:
     return {"samples": samples, "seed": options.seed}
 
 
+def _terms(options: Options, plan: Plan, statistics: Statistics | None) -> dict:
+    """What all ranks must agree on: every machine has its own command line and its own view of the disk."""
+    return {
+        **_settings(options, statistics),
+        "verification": _verification(options),
+        "checksums": options.checksums,
+        "input": {s.name: [s.size, s.header_sha256] for s in plan.checkpoint.shards},
+    }
+
+
+def _check_agreement(options: Options, mine: dict, theirs: dict, ranks: Ranks) -> None:
+    """Refuse, on a rank other than 0, another input, other flags or another output directory."""
+    for key, value in mine.items():
+        if value != theirs[key]:
+            raise Fp8Error(
+                f"{printable(options.input_dir)}: rank {ranks.rank} has other {key.replace('_', ' ')} "
+                "than rank 0; give all machines the same files and flags"
+            )
+    output_dir.await_lock(options.output_dir, ranks.attempt)
+
+
+@contextmanager
+def _no_leftovers(options: Options, mine: Manifest) -> Iterator[None]:
+    """On failure, also remove what no living rank has open."""
+    try:
+        yield
+    except BaseException:
+        output_dir.remove_partial_files(options.output_dir, mine)
+        raise
+
+
 def _pipeline_settings(options: Options, statistics: Statistics | None, ranks: Ranks):
     from fp8lib import lanes, pipeline
 
@@ -212,10 +248,10 @@ def _pipeline_settings(options: Options, statistics: Statistics | None, ranks: R
 
 
 def _resume(
-    options: Options, plan: Plan, state: output_dir.State, mine: Manifest
+    options: Options, plan: Plan, state: output_dir.State, mine: Manifest, terms: dict
 ) -> tuple[dict[str, ShardResult], Todo]:
     """Take over an earlier run's finished shards: the results that still stand, and what is left to do."""
-    results, todo = {}, Todo([], [])
+    results, todo = {}, Todo([], [], terms)
     for shard in plan.shards:
         record = state.manifest.shards.get(shard.name) if shard.name in state.finished else None
         if record is None or (options.checksums and not record.get("sha256")):
@@ -274,9 +310,11 @@ def _work_and_gather(
         with closing(_process(ranks, settings, options.output_dir, work, on_bytes)) as done:
             for result in done:
                 finished(result)
-        while progress.done < expected:
+        # Not before every rank has had its chance to refuse: the outcome must not depend on speed.
+        while progress.done < expected or not ranks.all_at_work():
             progress.show("", ranks.look_again())
             receive()
+        progress.show("", total_bytes)
 
 
 def _process(ranks: Ranks, settings, folder: Path, work: list, on_bytes) -> Iterator[ShardResult]:
@@ -300,7 +338,9 @@ def _finish(options: Options, plan: Plan, results: dict[str, ShardResult]) -> No
         lines = "".join(f"{results[s.name].sha256}  {s.name}\n" for s in plan.shards)
         write_file(folder / output_dir.CHECKSUMS, lines.encode())
     write_file(folder / INDEX, to_json(plan.index()))
-    if not any(r.problems for r in results.values()):
+    if any(r.problems for r in results.values()):
+        output_dir.unpublish(folder)
+    else:
         write_file(folder / CONFIG, to_json(plan.config()))
 
 
@@ -317,22 +357,24 @@ def _verify_only(options: Options, talk: Talk, ranks: Ranks) -> Zone:
         pipeline.Written(shard.name, shard.size, tuple(pairs), tuple(problems))
         for shard, pairs, problems in pair_directories(original, quantized)
     ]
-    if not ranks.is_main:
-        _work_for_main(ranks, settings, options.output_dir, work)
-        return _agree(ranks, None)
     if "quantization_config" not in quantized.config:
         problem = f"{CONFIG}: has no quantization_config, so no engine will read the weights as FP8"
         work[0] = replace(work[0], problems=(*work[0].problems, problem))
+    if not ranks.is_main:
+        _work_for_main(ranks, settings, options.output_dir, work)
+        return _agree(ranks, None)
     results: dict[str, ShardResult] = {}
     _work_and_gather(
         options, settings, ranks, work, len(work), 0, lambda result: results.update({result.name: result})
     )
-    earlier = manifest.load(options.output_dir)
-    calibration = earlier.settings.get("calibration") if earlier else None
+    calibration = None
+    with suppress(Fp8Error):  # another tool's, or damaged: nothing depends on it
+        if earlier := manifest.load(options.output_dir):
+            calibration = earlier.settings.get("calibration")
     fp8 = sum(len(item.pairs) for item in work)
     kept = sum(len(shard.tensors) for shard in quantized.shards) - 2 * fp8
     ordered = [results[item.name] for item in work]
-    label = f"{calibration or 'unknown'} (verify only)"
+    label = f"{printable(calibration or 'unknown')} (verify only)"
     return _agree(ranks, _summarize(options, talk, label, ordered, report.Totals(len(work), fp8, kept), None))
 
 

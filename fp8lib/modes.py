@@ -56,9 +56,11 @@ class Calibration:
         return self.mode in ("rms", "mse")
 
     def __str__(self) -> str:
+        # Every digit: the manifest tells by this whether a run continues another.
+        factor, percentile = (str(v).removesuffix(".0") for v in (self.rms_factor, self.percentile))
         return {
             "max": "max",
-            "rms": f"rms(k={self.rms_factor:g}{', saturate' if self.rms_saturate else ''})",
-            "percentile": f"percentile(p={self.percentile:g})",
+            "rms": f"rms(k={factor}{', saturate' if self.rms_saturate else ''})",
+            "percentile": f"percentile(p={percentile})",
             "mse": f"mse(phases={self.mse_grid_size})",
         }[self.mode]

@@ -4,6 +4,7 @@ import fcntl
 import os
 import shutil
 import stat
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from fp8lib.writer import partial_path, refusing_disk_errors, sync_directory
 
 CHECKSUMS = "SHA256SUMS"
 LOCK = ".fp8_quantization.lock"
+_LATE = 60.0
+"""Seconds that a network file system may take to show one machine what another wrote."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,16 +185,24 @@ def check_space(folder: Path, plan: Plan, state: State, measured: int) -> None:
 class Lock:
     """Keeps a second run out of the directory; the kernel releases it when its owner dies.
 
+    Args:
+        folder: the output directory, made if missing.
+        owner: what `await_lock` is to find in it.
+
     Raises:
         Fp8Error: another run holds it, or the directory cannot be made or written to.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, owner: str) -> None:
         self._path = folder / LOCK
         with refusing_disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
         while not self._acquire(folder):
             pass
+        with refusing_disk_errors(self._path):
+            os.ftruncate(self._fd, 0)
+            os.write(self._fd, owner.encode())
+            os.fsync(self._fd)
 
     def _acquire(self, folder: Path) -> bool:
         """False if the lock's last owner removed the file in the moment between opening and locking it."""
@@ -218,6 +229,29 @@ class Lock:
         with suppress(OSError):
             self._path.unlink()
         os.close(self._fd)
+
+
+def await_lock(folder: Path, owner: str) -> None:
+    """Wait until the lock that another process holds is seen from here.
+
+    Raises:
+        Fp8Error: it never is, so this is another directory of the same name.
+    """
+    for _ in range(round(_LATE * 10)):
+        with suppress(OSError, UnicodeDecodeError):
+            if (folder / LOCK).read_text() == owner:
+                return
+        time.sleep(0.1)
+    raise Fp8Error(
+        f"{printable(folder)}: not the directory that rank 0 writes to; give one that all machines share"
+    )
+
+
+def remove_partial_files(folder: Path, manifest: Manifest) -> None:
+    """Remove what a run leaves half written when a rank of it dies."""
+    for path in _partials_of(folder, _files_of(manifest)):
+        with suppress(OSError):
+            path.unlink()
 
 
 def prepare(folder: Path, state: State, complete: bool) -> None:

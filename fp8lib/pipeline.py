@@ -130,6 +130,18 @@ def divide(shards: list[ShardPlan], ranks: int, whole: bool) -> list[Unit]:
     return units
 
 
+def pieces(unit: Unit, weights: int) -> list[tuple[Matrix | Passthrough, int, int]]:
+    """A unit's share of its shard's pieces, in the order of the output file.
+
+    Returns:
+        (matrix, first row, last) of about `weights` weights each; (tensor that is kept, first byte, last).
+    """
+    plan = unit.plan
+    found: list = [(item, *span) for item in plan.passthrough for span in _byte_ranges(item)]
+    found += [(m, *span) for m in plan.matrices for span in _row_ranges(m.rows, m.columns, weights)]
+    return found[len(found) * unit.part // unit.parts : len(found) * (unit.part + 1) // unit.parts]
+
+
 def written_as_planned(plan: ShardPlan, folder: Path) -> Written:
     """A shard that an earlier run completed, to be verified again."""
     path = folder / plan.name
@@ -233,14 +245,7 @@ class _Job:
     # Quantization.
 
     def quantization(self, on_bytes: Callable[[str, int], None]) -> Iterator[Task]:
-        """This unit's share of the shard's pieces, in the order of the output file."""
-        plan, (part, parts) = self.unit.plan, (self.unit.part, self.unit.parts)
-        pieces = [(self._copy, item, *span) for item in plan.passthrough for span in _byte_ranges(item)]
-        pieces += [
-            (self._quantize, matrix, *span)
-            for matrix in plan.matrices
-            for span in _row_ranges(matrix.rows, matrix.columns, self.settings.piece_weights)
-        ]
+        """This unit's pieces, one task each."""
 
         def settle(outcome: tuple[int, list[tuple[int, bytes]]]) -> None:
             count, written = outcome
@@ -248,9 +253,9 @@ class _Job:
                 self.digest.add(start, data)
             on_bytes(self.name, count)
 
-        first, last = len(pieces) * part // parts, len(pieces) * (part + 1) // parts
-        for function, *arguments in pieces[first:last]:
-            yield (lambda lane, f=function, a=arguments: f(lane, *a)), settle
+        for piece in pieces(self.unit, self.settings.piece_weights):
+            function = self._copy if isinstance(piece[0], Passthrough) else self._quantize
+            yield (lambda lane, f=function, p=piece: f(lane, *p)), settle
 
     def _write(self, *chunks: tuple[int, memoryview]) -> list[tuple[int, bytes]]:
         """Write (offset, data) chunks; returns copies of them if they are to be hashed."""
@@ -297,9 +302,8 @@ class _Job:
     def make_durable(self, is_last_part: Callable[[Unit], bool]) -> bool:
         """Give the output its name, if this was its last part. Runs in the committing thread."""
         if self.unit.parts > 1:
-            self.writer.sync()
+            self.writer.hand_over()  # before it is counted: what is counted must stay
             if not is_last_part(self.unit):
-                self.writer.release()
                 return False
         self.writer.commit()
         return True
@@ -377,6 +381,7 @@ class _Scheduler:
     def run(self, work: Iterable[Unit | Written]) -> Iterator[ShardResult]:
         for item in work:
             if isinstance(item, Unit):
+                self._make_room()
                 self._start(item)
             else:
                 self._verify_written(item)
@@ -394,6 +399,13 @@ class _Scheduler:
         self.committer.shutdown(wait=wait_for_disk, cancel_futures=True)
         for job in self.jobs:
             job.close()
+
+    def _make_room(self) -> None:
+        """Wait while as many shards are half written as there are workers: a crash leaves that many files."""
+        while sum(job.writer is not None for job in self.jobs) >= max(self.settings.workers, 2):
+            if self.in_flight:
+                self._settle_oldest()
+            self._collect_commits(wait=not self.in_flight)
 
     def _start(self, unit: Unit) -> None:
         plan = unit.plan

@@ -38,6 +38,8 @@ from fp8lib.rules import (
 )
 
 _QUANTIZABLE = ("BF16", "F16", "F32")
+_MAX_EXPERTS = 100_000
+"""In a checkpoint; 397B-A17B has 31,232. An empty tensor can claim any number of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,6 +249,11 @@ def _check_experts(tensors: list[Tensor]) -> None:
             fused[part[0]][part[1]] = tensor
         elif (group := fusion_group(tensor.name)) and group.endswith(".experts"):
             single[group][tensor.name] = tensor
+    count = sum(part.shape[0] for parts in fused.values() for part in parts.values() if part.shape)
+    if count > 2 * _MAX_EXPERTS:
+        raise Fp8Error(
+            f"{printable(next(iter(fused)))}: {count // 2:,} experts in all, more than any model has"
+        )
     for experts, parts in fused.items():
         if experts in single:
             raise Fp8Error(f"{printable(experts)}: holds fused and single experts; keep one of the two")

@@ -45,9 +45,11 @@ class ShardWriter:
         self.path = path
         self.partial = partial_path(path)
         self._fd = -1
+        self._handed_over = False
         self._unsent = 0
-        # O_NOFOLLOW: a symlink of that name must not lead the bytes somewhere else.
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | (0 if shared else os.O_TRUNC)
+        # O_NOFOLLOW: a symlink of that name must not lead the bytes somewhere else. Not O_RDWR: NFS would
+        # write back whole pages then, over what another machine wrote next to a part.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | (0 if shared else os.O_TRUNC)
         with refusing_disk_errors(path):
             self._fd = os.open(self.partial, flags, 0o666)  # less the umask, as any new file
         try:
@@ -67,21 +69,25 @@ class ShardWriter:
             with refusing_disk_errors(self.path):
                 keep_pace(self._fd)
 
-    def sync(self) -> None:
-        """Make what was written so far durable."""
-        with refusing_disk_errors(self.path):
-            os.fsync(self._fd)
+    def hand_over(self) -> None:
+        """Make this part durable and leave the file to whoever writes the last; `abandon` spares it now."""
+        self._sync_and_close()
+        self._handed_over = True
 
     def commit(self) -> None:
         """Give the file its name, once everything in it is durable."""
-        self.sync()
-        self.release()
+        self._sync_and_close()
         with refusing_disk_errors(self.path):
             self.partial.rename(self.path)
             sync_directory(self.path.parent)
 
-    def release(self) -> None:
-        """Close the file, leaving it partial for whoever writes its last part."""
+    def _sync_and_close(self) -> None:
+        if self._fd >= 0:
+            with refusing_disk_errors(self.path):
+                os.fsync(self._fd)
+            self._close()
+
+    def _close(self) -> None:
         descriptor, self._fd = self._fd, -1
         if descriptor >= 0:
             with refusing_disk_errors(self.path):
@@ -90,9 +96,10 @@ class ShardWriter:
     def abandon(self) -> None:
         """Remove what was written so far, as far as the disk still lets one."""
         with suppress(Fp8Error):
-            self.release()
-        with suppress(OSError):
-            self.partial.unlink()
+            self._close()
+        if not self._handed_over:
+            with suppress(OSError):
+                self.partial.unlink()
 
 
 def write_file(path: Path, data: bytes) -> None:
