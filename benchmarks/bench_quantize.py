@@ -10,6 +10,7 @@ Makes a checkpoint of the real shapes, reads it once so that the page cache is w
 """
 
 import argparse
+import multiprocessing
 import os
 import shutil
 import statistics
@@ -55,9 +56,9 @@ def main() -> None:
     if flags.layers:
         shape = replace(shape, layers=flags.layers)
     hardware = ["--device", flags.device, *(["--workers", str(flags.workers)] if flags.workers else [])]
+    rows = (_growth if flags.growth else _modes)(flags, shape, hardware)
     where = machine.describe()
     print(machine.heading(where) + "\n")
-    rows = (_growth if flags.growth else _modes)(flags, shape, hardware)
     print(machine.table(rows))
     machine.save(flags.json, where, rows)
 
@@ -92,7 +93,9 @@ def _growth(flags: argparse.Namespace, shape: checkpoints.Shape, hardware: list[
 def _make(flags: argparse.Namespace, shape: checkpoints.Shape) -> Path:
     source = flags.folder / "in"
     shutil.rmtree(source, ignore_errors=True)
-    checkpoints.write(source, shape, flags.shards)
+    # In a process of its own: a child's peak memory begins with what this one has, so it stays small.
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        pool.apply(checkpoints.write, (source, shape, flags.shards))
     for shard in source.glob("*.safetensors"):
         subprocess.run(["cat", shard], stdout=subprocess.DEVNULL, check=True)
     return source
