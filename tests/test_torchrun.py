@@ -560,15 +560,26 @@ def test_a_node_that_vanishes_ends_the_job(
 def test_a_node_that_was_started_differently_is_refused(
     other: tuple, words: str, tmp_path: Path, checkpoint: Callable, torchrun: Callable
 ) -> None:
-    """However late it comes: the other, which could do it all alone, waits with its last word."""
     source, output = checkpoint("moe", shards=2), tmp_path / "out"
-    nodes = (Node(), Node(other, {"LATE": "1"}))
-    done = torchrun(1, "--input_dir", source, "--output_dir", output, nodes=nodes, EAGER="")
+    nodes = (Node(), Node(other))
+    done = torchrun(1, "--input_dir", source, "--output_dir", output, nodes=nodes)
     assert done.codes == [1, 1]
     assert len(done.errors) == 1, done.text
     assert words in done.errors[0]
     assert not (output / "config.json").exists()
     assert not Path("elsewhere").exists()
+
+
+def test_a_node_that_comes_late_still_has_its_say(
+    tmp_path: Path, checkpoint: Callable, torchrun: Callable
+) -> None:
+    """The other, which could do it all alone meanwhile, waits with its last word."""
+    source, output = checkpoint("moe", shards=2), tmp_path / "out"
+    nodes = (Node(env={"EAGER": ""}), Node(("--calib_mode", "max"), {"LATE": "4"}))
+    done = torchrun(1, "--input_dir", source, "--output_dir", output, nodes=nodes)
+    assert done.codes == [1, 1]
+    assert len(done.errors) == 1, done.text
+    assert not (output / "config.json").exists()
 
 
 def test_a_node_that_sees_the_output_directory_late_waits_for_it(tmp_path: Path) -> None:
