@@ -98,8 +98,9 @@ class Progress(AbstractContextManager):
         return self._done
 
     def show(self, shard: str, total: int) -> None:
-        """Bytes done so far, and the shard under way."""
-        self._bar.set_description_str(shard, refresh=False)
+        """Bytes done so far, and the shard under way, "" for the one before."""
+        if shard:
+            self._bar.set_description_str(shard, refresh=False)
         self._bar.update(total - self._bar.n)
 
     def finished(self, name: str) -> None:
