@@ -43,9 +43,7 @@ def main(folder: Path) -> int:
     tokens = torch.randint(0, 256, (4, 64), generator=torch.Generator().manual_seed(0))
     before, after = tiny_checkpoints.logits(bf16, tokens), tiny_checkpoints.logits(fp8, tokens)
     divergence = tiny_checkpoints.mean_kl(before, after)
-    error = ((after - before).norm() / before.norm()).item()
     print(f"Mean KL divergence, FP8 from BF16 : {divergence:.2e}  (a good result is below 2e-3)")
-    print(f"Relative error of the logits      : {error:.1%}")
     return 0 if divergence < 2e-3 else 1
 
 
