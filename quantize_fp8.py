@@ -125,6 +125,19 @@ def _interrupt(number: int, _frame: object) -> None:
     raise Interrupted(number)
 
 
+def _leave_interrupted(interrupt: Interrupted, speaks: bool) -> NoReturn:
+    if speaks:
+        print(INTERRUPTED, file=sys.stderr, flush=True)
+    os._exit(128 + interrupt.args[0])  # without waiting for a disk that is still writing
+
+
+def _interrupt_behind(error: BaseException | None) -> Interrupted | None:
+    """The interrupt that an error was made of, if it was."""
+    while error is not None and not isinstance(error, Interrupted):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 def _give_up(number: int) -> NoReturn:
     with suppress(OSError):
         os.write(2, f"\n{INTERRUPTED}\n".encode())
@@ -204,10 +217,11 @@ def main(arguments: list[str] | None = None) -> int:
             begun = True
             return _run(flags, calibration)
         except Interrupted as interrupt:
-            if speaks:
-                print(INTERRUPTED, file=sys.stderr, flush=True)
-            os._exit(128 + interrupt.args[0])  # without waiting for a disk that is still writing
+            _leave_interrupted(interrupt, speaks)
         except Exception as error:
+            # A library may turn what interrupts its import into an error of its own.
+            if interrupt := _interrupt_behind(error):
+                _leave_interrupted(interrupt, speaks)
             if debug:
                 traceback.print_exc()
             if not begun:
