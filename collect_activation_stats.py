@@ -6,15 +6,15 @@ quantize_fp8.py quantizes, the largest magnitude and the mean square of each inp
 """
 
 import argparse
-import signal
 import sys
 from pathlib import Path
 
-from fp8lib import Fp8Error, __version__
+from fp8lib import __version__
+from fp8lib.command_line import Command, Parser
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="collect_activation_stats.py",
         description=__doc__,
         epilog="Exit codes: 0 written, 2 refused or failed, 130 interrupted. No partial file is ever left.",
@@ -79,25 +79,8 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    flags = parse(arguments)
-    try:
-        _run(flags)
-    except (Fp8Error, ModuleNotFoundError) as error:
-        if flags.debug:
-            raise
-        if isinstance(error, ModuleNotFoundError):
-            error = f"{error.name} is not installed; pip install -r requirements.txt"
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: no statistics were written", file=sys.stderr)
-        return 130
-    return 0
-
-
-def _run(flags: argparse.Namespace) -> None:
-    from fp8lib import calibration
+def _run(flags: argparse.Namespace) -> int:
+    from fp8lib.calibration import run
     from fp8lib.report import Printer
 
     def warn(text: str) -> None:
@@ -106,7 +89,7 @@ def _run(flags: argparse.Namespace) -> None:
 
     if flags.layerwise and flags.max_tokens:
         warn(f"--layerwise runs prompts only: --max_tokens {flags.max_tokens} has no effect")
-    options = calibration.Options(
+    options = run.Options(
         model_dir=flags.model_dir,
         output=flags.output,
         prompts_file=flags.prompts_file,
@@ -119,9 +102,17 @@ def _run(flags: argparse.Namespace) -> None:
         quiet=flags.quiet,
         debug=flags.debug,
     )
-    calibration.run(options, Printer(sys.stdout), warn)
+    run.run(options, Printer(sys.stdout), warn)
+    return 0
 
+
+COMMAND = Command(
+    parse,
+    _run,
+    interrupted="interrupted: no statistics were written",
+    out_of_memory="add --layerwise, or give a smaller --batch_size or --max_prompt_tokens",
+)
+main = COMMAND.main
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    sys.exit(main())
+    COMMAND.end()

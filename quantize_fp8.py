@@ -2,32 +2,16 @@
 """Turn a BF16 Qwen3.5/3.6 checkpoint into a block-wise FP8 one that vLLM and SGLang serve."""
 
 import argparse
-import io
-import os
-import signal
 import sys
-import traceback
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
-from typing import NoReturn
 
-from fp8lib import Fp8Error, __version__
+from fp8lib import __version__
+from fp8lib.command_line import Command, Parser
 from fp8lib.modes import MODES, PHASES, Calibration
-from fp8lib.ranks import refuse_together
-
-PATIENCE = 1.5
-"""Seconds after a signal until the process ends, whatever a slow disk still keeps it from."""
-INTERRUPTED = "interrupted; run the same command again (without --overwrite) to continue"
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise Fp8Error(f"{message}; see --help")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = _Parser(
+    parser = Parser(
         prog="quantize_fp8.py",
         description=__doc__,
         epilog="Exit codes: 0 GOOD or WARN, 1 verification FAILed, 2 refused or failed.",
@@ -98,6 +82,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("argument --verify_only: not allowed with argument --skip_verify")
     if options.workers < 0:
         parser.error("argument --workers: must be 1 or more")
+    options.calibration = Calibration(
+        mode=options.calib_mode,
+        rms_factor=options.rms_factor,
+        rms_saturate=options.rms_saturate,
+        percentile=options.calib_percentile,
+        mse_grid_size=options.mse_grid_size,
+    )
     return options
 
 
@@ -109,155 +100,7 @@ def _samples(text: str) -> int | None:
     return int(text)
 
 
-# --- signals -----------------------------------------------------------------------------------
-
-
-class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM; `args[0]` is the signal's number."""
-
-
-def _interrupt(number: int, _frame: object) -> None:
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_IGN)  # once is enough; what follows is short
-    # Unless a write hangs, or Python was just where it drops exceptions (a finalizer, a weakref's callback).
-    signal.signal(signal.SIGALRM, lambda *_: _give_up(number))
-    signal.setitimer(signal.ITIMER_REAL, PATIENCE)
-    raise Interrupted(number)
-
-
-def _leave_interrupted(interrupt: Interrupted, speaks: bool) -> NoReturn:
-    if speaks:
-        print(INTERRUPTED, file=sys.stderr, flush=True)
-    os._exit(128 + interrupt.args[0])  # without waiting for a disk that is still writing
-
-
-def _interrupt_behind(error: BaseException | None) -> Interrupted | None:
-    """The interrupt that an error was made of, if it was."""
-    while error is not None and not isinstance(error, Interrupted):
-        error = error.__cause__ or error.__context__
-    return error
-
-
-def _give_up(number: int) -> NoReturn:
-    with suppress(OSError):
-        os.write(2, f"\n{INTERRUPTED}\n".encode())
-    os._exit(128 + number)
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """SIGINT and SIGTERM raise Interrupted; afterwards they do what they did before."""
-    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            if signal.getsignal(number) is _interrupt:  # under torchrun, a rank that leaves stays deaf
-                signal.signal(number, handler)
-
-
-# --- streams -----------------------------------------------------------------------------------
-
-
-class _Lasting:
-    """A standard stream that nobody may be reading any more (`| head`): what was done stays done."""
-
-    def __init__(self, stream: io.TextIOBase) -> None:
-        self._stream = stream
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        try:
-            return self._stream.write(text)
-        except OSError:
-            self._drop()
-            return len(text)
-
-    def flush(self) -> None:
-        try:
-            self._stream.flush()
-        except OSError:
-            self._drop()
-
-    def _drop(self) -> None:
-        """Let this and all that follows disappear, what is still buffered included."""
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self._stream.fileno())
-        os.close(nowhere)
-
-
-@contextmanager
-def _lasting_streams() -> Iterator[None]:
-    """stdout and stderr that may be closed, before (`>&-`) or while this runs, without any harm."""
-    # An output file must not get the number of a closed one: libraries write their warnings to 2.
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(descriptor)
-    with ExitStack() as stack:
-        for name, redirect in (("stdout", redirect_stdout), ("stderr", redirect_stderr)):
-            stream = getattr(sys, name) or stack.enter_context(open(os.devnull, "w"))
-            lasting = stack.enter_context(redirect(_Lasting(stream)))
-            stack.callback(lasting.flush)
-        yield
-
-
-# --- the run -----------------------------------------------------------------------------------
-
-
-def main(arguments: list[str] | None = None) -> int:
-    with _lasting_streams(), _interruptible():
-        speaks = os.environ.get("RANK", "0") == "0"  # under torchrun one rank speaks for all
-        debug = begun = False
-        try:
-            flags = parse(arguments)
-            debug = flags.debug
-            calibration = _calibration(flags)
-            begun = True
-            return _run(flags, calibration)
-        except Interrupted as interrupt:
-            _leave_interrupted(interrupt, speaks)
-        except Exception as error:
-            # A library may turn what interrupts its import into an error of its own.
-            if interrupt := _interrupt_behind(error):
-                _leave_interrupted(interrupt, speaks)
-            if debug:
-                traceback.print_exc()
-            if not begun:
-                refuse_together(error)
-            if speaks:
-                print(f"error: {describe(error)}", file=sys.stderr)
-            return 2
-
-
-def describe(error: Exception) -> str:
-    """One line for an error that ends the run."""
-    text = one_line(str(error))
-    if isinstance(error, Fp8Error):
-        return text
-    if isinstance(error, MemoryError) or "out of memory" in text.lower():
-        return f"out of memory ({text}); use fewer --workers"
-    return f"{type(error).__name__}: {text}; run again with --debug for the traceback"
-
-
-def one_line(text: str) -> str:
-    """The first line of a text, its control characters escaped."""
-    line = next(iter(text.strip().splitlines()), "")
-    return line if line.isprintable() else line.encode("unicode_escape").decode("ascii")
-
-
-def _calibration(flags: argparse.Namespace) -> Calibration:
-    return Calibration(
-        mode=flags.calib_mode,
-        rms_factor=flags.rms_factor,
-        rms_saturate=flags.rms_saturate,
-        percentile=flags.calib_percentile,
-        mse_grid_size=flags.mse_grid_size,
-    )
-
-
-def _run(flags: argparse.Namespace, calibration: Calibration) -> int:
+def _run(flags: argparse.Namespace) -> int:
     from fp8lib import job, report
     from fp8lib.health import Zone
 
@@ -268,7 +111,7 @@ def _run(flags: argparse.Namespace, calibration: Calibration) -> int:
     options = job.Options(
         input_dir=flags.input_dir,
         output_dir=flags.output_dir,
-        calibration=calibration,
+        calibration=flags.calibration,
         overwrite=flags.overwrite,
         activation_stats=flags.activation_stats,
         device=flags.device,
@@ -285,7 +128,13 @@ def _run(flags: argparse.Namespace, calibration: Calibration) -> int:
     return 1 if verdict is Zone.FAIL else 0
 
 
+COMMAND = Command(
+    parse,
+    _run,
+    interrupted="interrupted; run the same command again (without --overwrite) to continue",
+    out_of_memory="use fewer --workers",
+)
+main = COMMAND.main
+
 if __name__ == "__main__":
-    code = main()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback from the interpreter's last moments
-    sys.exit(code)
+    COMMAND.end()

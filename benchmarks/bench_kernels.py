@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import machine
-from fp8lib.lanes import choose_device, default_workers, keep_freed_memory
+from fp8lib.devices import choose_device, default_workers
+from fp8lib.lanes import keep_freed_memory
 from fp8lib.modes import Calibration
 from fp8lib.pipeline import CPU_PIECE, CUDA_PIECE, rows_per_piece
 from fp8lib.scales import quantize_blocks

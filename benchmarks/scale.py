@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checkpoints
 import machine
-from fp8lib import lanes, pipeline
+from fp8lib import devices, pipeline
 from fp8lib.checkpoint import open_checkpoint
 from fp8lib.modes import Calibration
 from fp8lib.plan import Passthrough, Plan, make_plan, to_json
@@ -210,8 +210,8 @@ def measure_rate(folder: Path, device: str, repeat: int) -> float:
     shutil.rmtree(folder, ignore_errors=True)
     checkpoints.write(folder / "in", replace(checkpoints.BENCHMARK, layers=2), 4)
     plan = make_plan(open_checkpoint(folder / "in"))
-    target = lanes.choose_device(device)
-    settings = pipeline.Settings(Calibration(), None, target, lanes.default_workers(target), verify=False)
+    target = devices.choose_device(device)
+    settings = pipeline.Settings(Calibration(), None, target, devices.default_workers(target), verify=False)
     rates = []
     for _ in range(repeat):
         shutil.rmtree(folder / "out", ignore_errors=True)

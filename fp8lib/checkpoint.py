@@ -132,7 +132,7 @@ def open_checkpoint(root: Path) -> Checkpoint:
         Fp8Error: it is not a complete checkpoint of a supported model type; says which file and why.
     """
     if not root.is_dir():
-        raise Fp8Error(f"{printable(root)}: no such directory")
+        raise Fp8Error(f"{printable(root)}: no such directory; check the path")
     config = _read_config(root)
     names, weight_map = _shard_names(root)
     shards = _read_shards(root, names)

@@ -232,14 +232,14 @@ def _no_leftovers(options: Options, mine: Manifest) -> Iterator[None]:
 
 
 def _pipeline_settings(options: Options, statistics: Statistics | None, ranks: Ranks):
-    from fp8lib import lanes, pipeline
+    from fp8lib import devices, pipeline
 
-    device = lanes.choose_device(options.device, ranks.local_rank)
+    device = devices.choose_device(options.device, ranks.local_rank)
     return pipeline.Settings(
         calibration=options.calibration,
         statistics=statistics,
         device=device,
-        workers=options.workers or lanes.default_workers(device, ranks.local_world),
+        workers=options.workers or devices.default_workers(device, ranks.local_world),
         verify_samples=options.verify_samples,
         verify=options.verify,
         seed=options.seed,

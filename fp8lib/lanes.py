@@ -15,40 +15,6 @@ DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 """Torch's dtype for the dtypes that weights and scales may have."""
 
 
-def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """The torch device of `auto`, `cpu`, `cuda` or `cuda:N`.
-
-    Args:
-        name: what the user asked for; `auto` is CUDA when there is one.
-        local_rank: number of this process on its machine: `cuda` and `auto` take that device.
-
-    Raises:
-        Fp8Error: not such a name, or no such device here.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        name = f"cuda:{local_rank}"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise Fp8Error(f"--device {printable(name)}: use auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and device.index >= torch.cuda.device_count():
-        raise Fp8Error(
-            f"--device {name}: there are {torch.cuda.device_count()} CUDA devices here; "
-            "use --device cpu or fewer ranks"
-        )
-    return device
-
-
-def default_workers(device: torch.device, local_ranks: int = 1) -> int:
-    """One per core, divided among the ranks of a machine; on CUDA no more than keep one device busy."""
-    cores = max(len(os.sched_getaffinity(0)) // local_ranks, 1)
-    return min(cores, 4) if device.type == "cuda" else cores
-
-
 def keep_freed_memory() -> None:
     """Let glibc keep freed buffers instead of returning them to the kernel.
 

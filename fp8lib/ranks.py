@@ -34,6 +34,8 @@ _SILENCE = 60.0
 """Seconds after which a rank gives up another that it has heard before."""
 _ABSENCE = 600.0
 """The same for one that it has never heard: machines start, and import torch, at their own speed."""
+_PART = 4 << 20
+"""Bytes under one key: the store takes messages up to 8 MiB."""
 _LEAVING = 10.0
 """Seconds a rank waits for the others to be ready to exit with it."""
 
@@ -59,6 +61,7 @@ class Ranks:
         self._store = None
         self._failure: str | None = None
         self._results_seen = 0
+        self._sent: str | None = None
         self._bytes = self._sent_bytes = 0
         self._looked = 0.0
         if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -146,9 +149,42 @@ class Ranks:
             Fp8Error: some rank failed meanwhile.
         """
         while not self._store.check([key]):
-            self._raise_failure()
-            time.sleep(_INTERVAL / 10)
+            self._wait()
         return json.loads(self._store.get(key))
+
+    def send(self, key: str, data: bytes) -> None:
+        """Leave bytes for rank 0, which takes them out of the store; before that nothing else is sent.
+
+        Raises:
+            Fp8Error: some rank failed meanwhile.
+        """
+        self.look()
+        while self._sent is not None and self._store.check([self._sent]):
+            self._wait()
+        parts = range(0, len(data), _PART)
+        for number, start in enumerate(parts):
+            self._store.set(f"{key}/{number}", data[start : start + _PART])
+        self._store.set(key, str(len(parts)))
+        self._sent = key
+
+    def receive(self, key: str) -> bytes:
+        """What another rank sends.
+
+        Raises:
+            Fp8Error: some rank failed meanwhile.
+        """
+        while not self._store.check([key]):
+            self._wait()
+        parts = []
+        for number in range(int(self._store.get(key))):
+            parts.append(self._store.get(f"{key}/{number}"))
+            self._store.delete_key(f"{key}/{number}")
+        self._store.delete_key(key)
+        return b"".join(parts)
+
+    def _wait(self) -> None:
+        self._raise_failure()
+        time.sleep(_INTERVAL / 10)
 
     def claims(self, work: Sequence[Work]) -> Iterator[Work]:
         """The items of a list, the same on every rank, that fall to this one: the next, whenever asked."""
@@ -185,7 +221,7 @@ class Ranks:
             yield json.loads(self._store.get(key))
 
     def progress(self, count: int) -> int | None:
-        """Report bytes done; now and then returns how many all ranks have done in total.
+        """Report work done, such as bytes; now and then returns how much all ranks have done in total.
 
         Raises:
             Fp8Error: some rank failed meanwhile.

@@ -31,7 +31,8 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -327,71 +328,109 @@ class Entry:
     tokens: int
 
 
-def write_statistics(path: Path, entries: Mapping[str, Entry], provenance: Mapping[str, object]) -> None:
-    """Write a statistics file, complete under its own name or not at all.
+class StatisticsWriter(AbstractContextManager):
+    """Writes a statistics file entry by entry; under its own name it is complete or not there.
+
+    Leaving the context without `commit` removes what was written.
 
     Args:
         path: `.json` or `.safetensors`.
-        entries: full tensor name -> statistics, finite.
-        provenance: where they come from; safetensors holds the values as text.
+        weights: (full tensor name, channels) of every weight that may get an entry.
+        provenance: where the statistics come from; safetensors holds the values as text.
 
     Raises:
-        Fp8Error: it cannot be written.
+        Fp8Error: the file cannot be written; so do the methods.
     """
-    numbers = sum(2 * e.mean_square.size for e in entries.values())
-    if numbers > THIN_ABOVE:
-        entries = {name: entry for name, entry in entries.items() if not _is_up_projection(name)}
-    if path.suffix == ".safetensors":
-        header, pieces = _safetensors(entries, provenance)
-    else:
-        header, pieces = b"{\n", _json(entries, provenance, thin=numbers > THIN_ABOVE)
-    writer = ShardWriter(path, header, len(header))
-    try:
-        end = len(header)
-        for piece in pieces:
-            writer.write(end, piece)
-            end += len(piece)
-        writer.commit()
-    except BaseException:
-        writer.abandon()
-        raise
+
+    def __init__(
+        self, path: Path, weights: Collection[tuple[str, int]], provenance: Mapping[str, object]
+    ) -> None:
+        self._thin = sum(2 * channels for _, channels in weights) > THIN_ABOVE
+        kind = _SafetensorsForm if path.suffix == ".safetensors" else _JsonForm
+        self._form = kind([w for w in weights if not self._leaves_out(w[0])], provenance)
+        self._end = len(self._form.beginning)
+        self._writer = ShardWriter(path, self._form.beginning, self._end)
+
+    def _leaves_out(self, name: str) -> bool:
+        part = one_expert_part(name) if self._thin else None
+        return part is not None and part[2] == "up_proj"
+
+    def add(self, name: str, entry: Entry) -> None:
+        """Write one weight's entry; one that a large file leaves out is ignored."""
+        if self._leaves_out(name):
+            return
+        for piece in self._form.pieces(name, entry, self._thin and one_expert_part(name) is not None):
+            self._writer.write(self._end, piece)
+            self._end += len(piece)
+
+    def commit(self) -> None:
+        """Complete the file and give it its name."""
+        for offset, piece in self._form.ending(self._end):
+            self._writer.write(offset, piece)
+        self._writer.commit()
+
+    def __exit__(self, *_: object) -> None:
+        self._writer.abandon()
 
 
-def _is_up_projection(name: str) -> bool:
-    part = one_expert_part(name)
-    return part is not None and part[2] == "up_proj"
+class _JsonForm:
+    """The file as JSON: an entry per line."""
 
+    def __init__(self, _weights: Collection[tuple[str, int]], provenance: Mapping[str, object]) -> None:
+        self.beginning = f'{{\n"__metadata__": {json.dumps(dict(provenance), ensure_ascii=False)}'.encode()
 
-def _json(entries: Mapping[str, Entry], provenance: Mapping[str, object], thin: bool) -> Iterator[bytes]:
-    """The file in pieces, behind its opening brace: an entry per line."""
-
-    def numbers(values: np.ndarray) -> str:
-        return "[" + ",".join([f"%.{_DIGITS}g" % v for v in values.tolist()]) + "]"
-
-    yield f'"__metadata__": {json.dumps(dict(provenance), ensure_ascii=False)}'.encode()
-    for name, entry in entries.items():
+    def pieces(self, name: str, entry: Entry, thin: bool) -> Iterator[bytes]:
         fields = [f'"{TOKENS}": {entry.tokens}']
-        if not (thin and one_expert_part(name)):
-            fields.append(f'"{MAXIMUM}": {numbers(entry.maximum)}')
-        fields.append(f'"{MEAN_SQUARE}": {numbers(entry.mean_square)}')
+        if not thin:
+            fields.append(f'"{MAXIMUM}": {_numbers(entry.maximum)}')
+        fields.append(f'"{MEAN_SQUARE}": {_numbers(entry.mean_square)}')
         yield f",\n{json.dumps(name, ensure_ascii=False)}: {{{', '.join(fields)}}}".encode()
-    yield b"\n}\n"
+
+    def ending(self, end: int) -> Iterator[tuple[int, bytes]]:
+        yield end, b"\n}\n"
 
 
-def _safetensors(
-    entries: Mapping[str, Entry], provenance: Mapping[str, object]
-) -> tuple[bytes, Iterator[memoryview]]:
-    """The header's bytes, and the tensors' in its order: counts first, so that all are aligned."""
-    values = {f"{name}.{TOKENS}": np.array([entry.tokens], "<i8") for name, entry in entries.items()}
-    for name, entry in entries.items():
-        values[f"{name}.{MAXIMUM}"] = np.ascontiguousarray(entry.maximum, "<f4")
-        values[f"{name}.{MEAN_SQUARE}"] = np.ascontiguousarray(entry.mean_square, "<f4")
-    header: dict[str, object] = {"__metadata__": {key: str(value) for key, value in provenance.items()}}
-    end = 0
-    for name, array in values.items():
-        dtype = "I64" if array.dtype.kind == "i" else "F32"
-        header[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": [end, end + array.nbytes]}
-        end += array.nbytes
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, (memoryview(a).cast("B") for a in values.values())
+def _numbers(values: np.ndarray) -> str:
+    return "[" + ",".join([f"%.{_DIGITS}g" % v for v in values.tolist()]) + "]"
+
+
+class _SafetensorsForm:
+    """The file as safetensors. The header comes first but is known last, so room is left for it."""
+
+    def __init__(self, weights: Collection[tuple[str, int]], provenance: Mapping[str, object]) -> None:
+        self._header = {"__metadata__": {key: str(value) for key, value in provenance.items()}}
+        self._data = 0
+        # No offset has more digits than the sum of all.
+        end = sum(8 + 8 * channels for _, channels in weights)
+        longest = dict(self._header)
+        for name, channels in weights:
+            for key, dtype, shape in _tensors(name, channels):
+                longest[key] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end]}
+        room = len(_compact(longest))
+        self.beginning = b" " * (8 + room + -room % 8)
+
+    def pieces(self, name: str, entry: Entry, _thin: bool) -> Iterator[memoryview]:
+        arrays = (np.array([entry.tokens], "<i8"), entry.maximum, entry.mean_square)
+        for (key, dtype, shape), array in zip(_tensors(name, entry.maximum.size), arrays, strict=True):
+            data = np.ascontiguousarray(array, "<i8" if dtype == "I64" else "<f4")
+            offsets = [self._data, self._data + data.nbytes]
+            self._header[key] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+            self._data = offsets[1]
+            yield memoryview(data).cast("B")
+
+    def ending(self, _end: int) -> Iterator[tuple[int, bytes]]:
+        room = len(self.beginning) - 8
+        yield 0, room.to_bytes(8, "little") + _compact(self._header).ljust(room)
+
+
+def _tensors(name: str, channels: int) -> list[tuple[str, str, list[int]]]:
+    """(key, dtype, shape) of one entry's tensors: channels are even, so that the next count is aligned."""
+    return [
+        (f"{name}.{TOKENS}", "I64", [1]),
+        (f"{name}.{MAXIMUM}", "F32", [channels]),
+        (f"{name}.{MEAN_SQUARE}", "F32", [channels]),
+    ]
+
+
+def _compact(header: dict[str, object]) -> bytes:
+    return json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()

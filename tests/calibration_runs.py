@@ -5,12 +5,12 @@ from pathlib import Path
 import torch
 import transformers
 
-from fp8lib import coverage, whole_model
+from fp8lib.calibration import coverage, whole_model
+from fp8lib.calibration.input_statistics import InputStatistics
+from fp8lib.calibration.prompts import make_batches
+from fp8lib.calibration.recording import Recorder
 from fp8lib.checkpoint import open_checkpoint
-from fp8lib.input_statistics import InputStatistics
 from fp8lib.plan import Plan, make_plan
-from fp8lib.prompts import make_batches
-from fp8lib.recording import Recorder
 
 KINDS = [
     ("moe", "fused", "model.language_model."),
@@ -60,4 +60,4 @@ def collect(
 
 
 def entries_of(path: Path, inputs: dict[str, InputStatistics]) -> dict:
-    return coverage.make_entries(plan_of(path), inputs, 0)[0]
+    return dict(coverage.Entries(plan_of(path)).make(inputs))

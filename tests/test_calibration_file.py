@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from fp8lib import Fp8Error, stats
-from fp8lib.stats import Entry, Statistics, write_statistics
+from fp8lib.stats import Entry, Statistics, StatisticsWriter
 
 PROVENANCE = {"model_type": "qwen3_5_moe", "prompts": 39, "prompts_file": "frågor.jsonl"}
 EXPERTS = "model.language_model.layers.0.mlp.experts"
@@ -17,6 +18,14 @@ NAMES = [
     "model.language_model.layers.0.self_attn.o_proj.weight",
     *(f"{EXPERTS}.{e}.{p}_proj.weight" for e in range(2) for p in ("gate", "up", "down")),
 ]
+
+
+def write_statistics(path: Path, entries: dict[str, Entry], provenance: dict) -> None:
+    weights = [(name, entry.maximum.size) for name, entry in entries.items()]
+    with StatisticsWriter(path, weights, provenance) as writer:
+        for name, entry in entries.items():
+            writer.add(name, entry)
+        writer.commit()
 
 
 def some_entries() -> dict[str, Entry]:
@@ -95,7 +104,7 @@ def test_a_large_mixture_of_experts_is_thinned_without_loss_to_the_quantizer(tmp
         np.testing.assert_allclose(read.importance(name, 256), entry.mean_square, rtol=5e-6)
 
 
-def test_a_35b_file_stays_under_300_mb():
+def test_a_35b_file_stays_under_300_mb(tmp_path, monkeypatch):
     """By the length of what is written: 40 layers of 256 experts, hidden 2048, I = 512."""
     draw = np.random.default_rng(0)
     # Mean squares of normed hidden states lie around e^-4, those of inner activations around e^-7.
@@ -105,9 +114,9 @@ def test_a_35b_file_stays_under_300_mb():
             values = np.exp(draw.normal(middle, 1.2, channels)).astype(np.float32)
             entries[f"{EXPERTS}.{e}.{projection}_proj.weight"] = Entry(values, values, 1000)
     assert 2 * (40 * 256 / 16) * sum(e.mean_square.size for e in entries.values()) > stats.THIN_ABOVE
-    thinned = {name: entry for name, entry in entries.items() if not stats._is_up_projection(name)}
-    written = sum(map(len, stats._json(thinned, {}, thin=True)))
-    assert written * (40 * 256 / 16) < 300e6
+    monkeypatch.setattr(stats, "THIN_ABOVE", 0)
+    write_statistics(tmp_path / "calib.json", entries, {})
+    assert (tmp_path / "calib.json").stat().st_size * (40 * 256 / 16) < 300e6
 
 
 @pytest.mark.parametrize("suffix", stats.SUFFIXES)
@@ -139,4 +148,22 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, suffix, monkeypatch):
     monkeypatch.setattr(stats.ShardWriter, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_statistics(path, some_entries(), PROVENANCE)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_weight_without_an_entry_leaves_no_hole(tmp_path):
+    path, entries = tmp_path / "calib.safetensors", some_entries()
+    weights = [(name, 256) for name in (*NAMES, "mtp.layers.0.mlp.down_proj.weight")]
+    with StatisticsWriter(path, weights, PROVENANCE) as writer:
+        for name in reversed(NAMES):
+            writer.add(name, entries[name])
+        writer.commit()
+    tensors = load_file(path)
+    assert len(tensors) == 3 * len(NAMES)
+    np.testing.assert_array_equal(tensors[f"{NAMES[0]}.input_channel_max"], entries[NAMES[0]].maximum)
+
+
+def test_without_a_commit_there_is_no_file(tmp_path):
+    with StatisticsWriter(tmp_path / "calib.json", [(NAMES[0], 256)], PROVENANCE) as writer:
+        writer.add(NAMES[0], some_entries()[NAMES[0]])
     assert list(tmp_path.iterdir()) == []

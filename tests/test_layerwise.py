@@ -16,13 +16,15 @@ from safetensors.torch import load_file, save_file
 
 import tiny_checkpoints
 from calibration_runs import KINDS, NO_LIMIT, PAD, NoProgress, collect, plan_of, prompts_of
-from fp8lib import Fp8Error, layerwise
-from fp8lib.checkpoint import ITEM_SIZE, open_checkpoint
-from fp8lib.input_statistics import InputStatistics
-from fp8lib.prompts import make_batches
-from fp8lib.recording import Recorder
+from fp8lib import Fp8Error
+from fp8lib.calibration import layerwise
+from fp8lib.calibration.input_statistics import InputStatistics
+from fp8lib.calibration.prompts import Batch, make_batches
+from fp8lib.calibration.recording import Recorder
+from fp8lib.checkpoint import ITEM_SIZE, Checkpoint, open_checkpoint
+from fp8lib.lanes import Files
 
-ROOT = Path(layerwise.__file__).parents[1]
+ROOT = Path(layerwise.__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -41,8 +43,15 @@ def collect_layerwise(
     config = transformers.AutoConfig.from_pretrained(path).get_text_config()
     batches = make_batches(prompts, batch_size, NO_LIMIT, PAD)
     with Recorder(plan_of(path)) as recorder:
-        checkpoint = open_checkpoint(path)
-        return layerwise.run(checkpoint, config, batches, torch.device("cpu"), recorder, NoProgress())
+        return run(open_checkpoint(path), config, batches, recorder)
+
+
+def run(
+    checkpoint: Checkpoint, config: object, batches: list[Batch], recorder: Recorder, device: str = "cpu"
+) -> dict[str, InputStatistics]:
+    """Statistics of all layers, by input."""
+    layers = layerwise.run(checkpoint, config, batches, torch.device(device), recorder, NoProgress())
+    return {name: statistics for layer in layers for name, statistics in layer.items()}
 
 
 def assert_same(one: dict[str, InputStatistics], other: dict[str, InputStatistics]) -> None:
@@ -99,9 +108,7 @@ def test_statistics_on_cuda_are_close_to_those_on_the_cpu(checkpoint):
     prompts = prompts_of([130, 64])
     with Recorder(plan_of(path)) as recorder:
         batches = make_batches(prompts, 2, NO_LIMIT, PAD)
-        found = layerwise.run(
-            open_checkpoint(path), config, batches, torch.device("cuda"), recorder, NoProgress()
-        )
+        found = run(open_checkpoint(path), config, batches, recorder, "cuda")
     for name, statistics in collect_layerwise(path, prompts, 2).items():
         mine, theirs = found[name].mean_square.mean(), statistics.mean_square.mean()
         np.testing.assert_allclose(mine, theirs, rtol=0.02, err_msg=name)
@@ -114,13 +121,13 @@ def test_statistics_on_cuda_are_close_to_those_on_the_cpu(checkpoint):
 def test_every_layers_weights_are_read_once(checkpoint, experts, monkeypatch):
     path = checkpoint("moe", experts=experts, shards=3)
     reads: Counter[tuple[str, int]] = Counter()
-    read_into = layerwise._Files.read_into
+    read_into = Files.read_into
 
-    def counting(self, shard, offset, buffer):
-        reads[shard.name, offset] += buffer.nbytes
-        return read_into(self, shard, offset, buffer)
+    def counting(self, buffer, path, offset):
+        reads[path.name, offset] += buffer.nbytes
+        return read_into(self, buffer, path, offset)
 
-    monkeypatch.setattr(layerwise._Files, "read_into", counting)
+    monkeypatch.setattr(Files, "read_into", counting)
     prompts = prompts_of([40, 30, 20])
     collect_layerwise(path, prompts)  # three batches
     different = len({token for prompt in prompts for token in prompt})
@@ -265,11 +272,8 @@ def test_a_shard_that_shrinks_after_it_was_opened_is_refused(checkpoint, copy_of
     config = transformers.AutoConfig.from_pretrained(path).get_text_config()
     opened, plan = open_checkpoint(path), plan_of(path)
     os.truncate(path / "model.safetensors", 100_000)
-    with Recorder(plan) as recorder, pytest.raises(Fp8Error, match="shorter than its header says"):
-        layerwise.run(
-            opened, config, make_batches(prompts_of([20]), 1, NO_LIMIT, PAD), torch.device("cpu"), recorder,
-            NoProgress(),
-        )  # fmt: skip
+    with Recorder(plan) as recorder, pytest.raises(Fp8Error, match="became shorter while it was read"):
+        run(opened, config, make_batches(prompts_of([20]), 1, NO_LIMIT, PAD), recorder)
 
 
 def test_a_layer_that_is_not_finite_is_named(checkpoint, copy_of):

@@ -16,25 +16,25 @@ masks and runs that layer. Of the embedding only the rows of tokens that occur i
 from __future__ import annotations
 
 import ctypes
-import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 
 import torch
 import transformers
 
 from fp8lib import Fp8Error
-from fp8lib.calibration_report import Progress
+from fp8lib.calibration.input_statistics import InputStatistics
+from fp8lib.calibration.prompts import Batch
+from fp8lib.calibration.recording import Recorder
+from fp8lib.calibration.report import Progress
 from fp8lib.checkpoint import Checkpoint, Shard, Tensor, printable
-from fp8lib.input_statistics import InputStatistics
-from fp8lib.prompts import Batch
-from fp8lib.recording import Recorder
+from fp8lib.lanes import DTYPES, Files
 from fp8lib.rules import one_expert_part
 from fp8lib.stats import without_prefix
 
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+_DTYPES = DTYPES | {"F64": torch.float64}
 _STAGING = 1 << 25
 """Bytes read at a time on their way to another device or dtype."""
 
@@ -46,7 +46,7 @@ def run(
     device: torch.device,
     recorder: Recorder,
     progress: Progress,
-) -> dict[str, InputStatistics]:
+) -> Iterator[dict[str, InputStatistics]]:
     """Pass every batch through every layer.
 
     Args:
@@ -57,17 +57,15 @@ def run(
         recorder: sees every token once.
         progress: told about each batch in each layer.
 
-    Returns:
-        Recorded statistics by input.
+    Yields:
+        Statistics by input, layer after layer.
 
     Raises:
         Fp8Error: tensors missing or of the wrong shape, NaN or infinite activations, not enough memory.
     """
     model, layers = _hollow_model(config, device)
     weights = _weights_by_layer(checkpoint)
-    recorded: dict[str, InputStatistics] = {}
-    with ExitStack() as stack, torch.no_grad():
-        files = _Files(stack)
+    with closing(Files()) as files:
         hidden = _embed(checkpoint, files, batches)
         for index, layer in enumerate(layers):
             name = f"{weights[index].prefix}layers.{index}"
@@ -78,22 +76,26 @@ def run(
                 recorder.attach(layer, name)
                 for i, batch in enumerate(batches):
                     recorder.look_at(batch.mask)
-                    output = model(
-                        inputs_embeds=hidden[i].to(device), **batch.to_model(device), use_cache=False
-                    )
-                    hidden[i] = output.last_hidden_state.cpu()
+                    hidden[i] = _forward(model, hidden[i].to(device), batch)
                     progress.advance(len(batch.ids), batch.tokens)
             except torch.OutOfMemoryError:
                 raise Fp8Error(
                     f"{printable(name)}: out of device memory; give a smaller --batch_size or "
                     "--max_prompt_tokens, or --device_map cpu"
                 ) from None
-            recorded |= recorder.take()
+            recorded = recorder.take()
             recorder.detach()
             model.layers[index] = _PassOn()
             layers[index] = layer = None  # its memory, before the next one's
             _return_free_memory()
-    return recorded
+            yield recorded
+
+
+@torch.no_grad()
+def _forward(model: transformers.PreTrainedModel, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """A batch's hidden states behind the layer in memory, on the host."""
+    output = model(inputs_embeds=hidden, **batch.to_model(hidden.device), use_cache=False)
+    return output.last_hidden_state.cpu()
 
 
 def _return_free_memory() -> None:
@@ -129,32 +131,6 @@ def _hollow_model(
 # --- weights -----------------------------------------------------------------------------------
 
 
-class _Files:
-    """The shards in use, opened when they are first needed."""
-
-    def __init__(self, stack: ExitStack) -> None:
-        self._stack = stack
-        self._descriptors: dict[str, int] = {}
-
-    def read_into(self, shard: Shard, offset: int, buffer: torch.Tensor) -> None:
-        """Fill a contiguous host tensor with bytes of the file."""
-        if shard.name not in self._descriptors:
-            try:
-                self._descriptors[shard.name] = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as error:
-                raise Fp8Error(f"{printable(shard.path)}: cannot be read ({error.strerror})") from None
-            self._stack.callback(os.close, self._descriptors[shard.name])
-        view = memoryview(buffer.view(-1).view(torch.uint8).numpy())
-        while len(view):
-            try:
-                count = os.preadv(self._descriptors[shard.name], [view], offset)
-            except OSError as error:
-                raise Fp8Error(f"{printable(shard.path)}: cannot be read ({error.strerror})") from None
-            if count == 0:
-                raise Fp8Error(f"{printable(shard.path)}: shorter than its header says; download it again")
-            view, offset = view[count:], offset + count
-
-
 @dataclass(frozen=True, slots=True)
 class _Weights:
     """Tensors of one layer.
@@ -183,7 +159,7 @@ def _tensors(checkpoint: Checkpoint) -> Iterator[tuple[Shard, Tensor]]:
     return ((shard, tensor) for shard in checkpoint.shards for tensor in shard.tensors)
 
 
-def _load(layer: torch.nn.Module, weights: _Weights, files: _Files, name: str) -> None:
+def _load(layer: torch.nn.Module, weights: _Weights, files: Files, name: str) -> None:
     """Read a layer's weights from the checkpoint, whichever way its experts lie there."""
     parameters = dict(layer.named_parameters())
     missing = {key: parameter.numel() for key, parameter in parameters.items()}
@@ -225,32 +201,36 @@ def _destination(key: str, parameters: dict[str, torch.Tensor]) -> tuple[str, to
     return parameter, weight
 
 
-def _fill(place: torch.Tensor, shard: Shard, tensor: Tensor, files: _Files) -> None:
+def _fill(place: torch.Tensor, shard: Shard, tensor: Tensor, files: Files) -> None:
     """Read a tensor's bytes to where they belong; through a small buffer if device or dtype differ."""
     dtype = _DTYPES[tensor.dtype]
     if place.device.type == "cpu" and place.dtype == dtype:
-        files.read_into(shard, tensor.start, place.detach())
+        files.read_into(_bytes(place.detach()), shard.path, tensor.start)
         return
     flat = place.detach().view(-1)
     count = _STAGING // dtype.itemsize
     buffer = torch.empty(min(count, len(flat)), dtype=dtype)
     for first in range(0, len(flat), count):
         piece = buffer[: min(count, len(flat) - first)]
-        files.read_into(shard, tensor.start + first * dtype.itemsize, piece)
+        files.read_into(_bytes(piece), shard.path, tensor.start + first * dtype.itemsize)
         flat[first : first + len(piece)].copy_(piece)
+
+
+def _bytes(contiguous: torch.Tensor) -> torch.Tensor:
+    return contiguous.view(-1).view(torch.uint8)
 
 
 # --- embeddings --------------------------------------------------------------------------------
 
 
-def _embed(checkpoint: Checkpoint, files: _Files, batches: Sequence[Batch]) -> list[torch.Tensor]:
+def _embed(checkpoint: Checkpoint, files: Files, batches: Sequence[Batch]) -> list[torch.Tensor]:
     """Hidden states before the first layer, on the host: BF16 [prompts, tokens, hidden] of every batch."""
     shard, tensor = _embedding(checkpoint)
     used = torch.unique(torch.cat([batch.ids.flatten() for batch in batches]))
     dtype = _DTYPES[tensor.dtype]
     rows = torch.empty(len(used), tensor.shape[1], dtype=dtype)
     for row, token in zip(rows, used.tolist(), strict=True):
-        files.read_into(shard, tensor.start + token * rows.shape[1] * dtype.itemsize, row)
+        files.read_into(_bytes(row), shard.path, tensor.start + token * row.nbytes)
     rows = rows.bfloat16()
     return [rows[torch.searchsorted(used, batch.ids)] for batch in batches]
 

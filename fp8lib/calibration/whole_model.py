@@ -20,10 +20,10 @@ import torch
 import transformers
 
 from fp8lib import Fp8Error
-from fp8lib.calibration_report import Progress
+from fp8lib.calibration.prompts import Batch
+from fp8lib.calibration.recording import Recorder
+from fp8lib.calibration.report import Progress
 from fp8lib.checkpoint import printable
-from fp8lib.prompts import Batch
-from fp8lib.recording import Recorder
 
 
 def load(root: Path, device_map: str) -> transformers.PreTrainedModel:

@@ -24,8 +24,8 @@ import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from fp8lib import Fp8Error
+from fp8lib.calibration.input_statistics import InputStatistics, Sums, down_input, input_of
 from fp8lib.checkpoint import printable
-from fp8lib.input_statistics import InputStatistics, Sums, down_input, input_of
 from fp8lib.plan import Plan
 from fp8lib.stats import canonical
 

@@ -17,10 +17,10 @@ so from 64 tokens on its own statistics are worth having and never hurt; below, 
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from fp8lib.input_statistics import InputStatistics, input_of
+from fp8lib.calibration.input_statistics import InputStatistics, input_of
 from fp8lib.plan import Plan
 from fp8lib.stats import Entry
 
@@ -93,40 +93,47 @@ class Coverage:
         return None
 
 
-def make_entries(
-    plan: Plan, inputs: Mapping[str, InputStatistics], tokens: int
-) -> tuple[dict[str, Entry], Coverage]:
-    """Entries of the statistics file, in the plan's order.
+class Entries:
+    """Makes the statistics file's entries of what was recorded, and keeps count.
 
     Args:
         plan: what is to be quantized.
-        inputs: recorded statistics, by input; weights without any (`mtp.*`) get no entry.
-        tokens: that passed through the model.
+
+    Attributes:
+        left: quantized weights that have no entry yet.
     """
-    pools: dict[str, InputStatistics] = {}
-    entries: dict[str, Entry] = {}
-    fed: dict[str, list[int]] = defaultdict(list)
-    total = 0
-    for matrix in plan.matrices:
-        total += 1
-        name, expert = input_of(matrix.weight.name)
-        if name not in inputs:
-            continue
-        statistics = inputs[name]
-        if expert is None:
-            entries[matrix.weight.name] = _entry(statistics, int(statistics.tokens[0]))
-            continue
-        seen = int(statistics.tokens[expert])
-        if seen >= ENOUGH:
-            own = statistics.row(expert)
-        else:
-            own = pools[name] = pools.get(name) or statistics.pooled()
-        entries[matrix.weight.name] = _entry(own, seen)
-        if name.endswith(".experts"):
-            fed.setdefault(name, statistics.tokens.tolist())
-    layers = tuple(Layer(name, tuple(counts)) for name, counts in fed.items())
-    return entries, Coverage(total, len(entries), layers, tokens)
 
+    def __init__(self, plan: Plan) -> None:
+        self._weights: dict[str, list[tuple[str, int | None]]] = defaultdict(list)
+        for matrix in plan.matrices:
+            name, expert = input_of(matrix.weight.name)
+            self._weights[name].append((matrix.weight.name, expert))
+        self._total = sum(map(len, self._weights.values()))
+        self._layers: list[Layer] = []
+        self.left = {weight for weights in self._weights.values() for weight, _ in weights}
 
-def _entry(statistics: InputStatistics, tokens: int) -> Entry:
-    return Entry(statistics.maximum[0], statistics.mean_square[0], tokens)
+    def make(self, inputs: Mapping[str, InputStatistics]) -> Iterator[tuple[str, Entry]]:
+        """(full tensor name, entry) of every weight that has one of these inputs.
+
+        Args:
+            inputs: recorded statistics, by input, complete.
+        """
+        for name, statistics in inputs.items():
+            if name.endswith(".experts"):
+                self._layers.append(Layer(name, tuple(statistics.tokens.tolist())))
+            own, pooled = statistics.mean_square, statistics.pooled()
+            pool = pooled.maximum[0], pooled.mean_square[0]
+            for weight, expert in self._weights[name]:
+                tokens = int(statistics.tokens[expert or 0])
+                enough = expert is None or tokens >= ENOUGH
+                lists = (statistics.maximum[expert or 0], own[expert or 0]) if enough else pool
+                self.left.discard(weight)
+                yield weight, Entry(*lists, tokens)
+
+    def coverage(self, tokens: int) -> Coverage:
+        """What the entries made so far rest on.
+
+        Args:
+            tokens: that passed through the model.
+        """
+        return Coverage(self._total, self._total - len(self.left), tuple(self._layers), tokens)

@@ -1,31 +1,43 @@
 """One calibration run: from a checkpoint and prompts to a statistics file.
 
 Everything that flags, headers and the prompts file can refuse is refused before transformers is imported
-and long before the model is loaded. The file is written at the very end, complete or not at all.
+and long before the model is loaded. The file appears at the very end, complete or not at all.
 """
 
+import hashlib
 import math
 import os
 import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fp8lib import Fp8Error, __version__
+from fp8lib.calibration.prompts import (
+    Batch,
+    Prompt,
+    divide,
+    make_batches,
+    read_prompts,
+    require_tokenizer,
+    tokenize,
+)
 from fp8lib.checkpoint import Checkpoint, open_checkpoint, printable
 from fp8lib.plan import Plan, make_plan
-from fp8lib.prompts import Prompt, make_batches, read_prompts, require_tokenizer, tokenize
+from fp8lib.ranks import Ranks
 from fp8lib.report import Printer, size
-from fp8lib.stats import SUFFIXES, without_prefix, write_statistics
+from fp8lib.stats import SUFFIXES, StatisticsWriter, without_prefix
 from fp8lib.writer import partial_path, refusing_disk_errors
 
 if TYPE_CHECKING:  # most refusals need no library, and come faster without
     import torch
+
+    from fp8lib.calibration.input_statistics import InputStatistics
 
 _SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
 """Values of --device_map that let accelerate divide the model among devices and host."""
@@ -51,31 +63,68 @@ class Options:
 def run(options: Options, printer: Printer, warn: Callable[[str], None]) -> None:
     """Collect statistics and write them.
 
+    Under torchrun every rank calls this; rank 0 refuses, writes and reports for all.
+
     Args:
         options: what to do.
         printer: where the summary goes.
         warn: called with one line for each thing a person should know but that stops nothing.
 
     Raises:
-        Fp8Error: refused or failed. There is no new file then.
+        Fp8Error: refused or failed, on every rank. There is no new file then.
     """
+    ranks = Ranks()
+    try:
+        _run(options, printer, warn if ranks.is_main else lambda text: None, ranks)
+    except Exception as error:
+        ranks.fail(error)
+        ranks.leave()
+        raise
+    ranks.leave(exit_code=0)
+
+
+def _run(options: Options, printer: Printer, warn: Callable[[str], None], ranks: Ranks) -> None:
     started = time.monotonic()
-    plan, prompts, device = _refuse_early(options)
-    transformers = _transformers(options)
-
-    from fp8lib import calibration_report, coverage
-
+    if ranks.is_main:
+        _check_output(options.output)
+    else:  # rank 0 refuses for all: the others do and say nothing before
+        ranks.wait_for("nothing to refuse")
+    plan, prompts, device = _refuse_early(options, ranks)
+    if ranks.is_main:
+        ranks.publish("nothing to refuse", True)
+    transformers = _transformers(options, ranks)
     root = plan.checkpoint.root
     config = _load(transformers.AutoConfig, root, "config.json").get_text_config()
     tokenizer = _load(transformers.AutoTokenizer, root, "the tokenizer")
     ids = _tokens(options, prompts, tokenizer, config.vocab_size)
+    _check_agreement(options, plan, ids, ranks)
     batches = make_batches(ids, options.batch_size, options.max_prompt_tokens, tokenizer.pad_token_id or 0)
-    inputs, generated = _collect(options, plan, config, tokenizer, batches, device)
-    tokens = sum(batch.tokens for batch in batches)
-    entries, covered = coverage.make_entries(plan, inputs, tokens + generated)
-    _warn_unrecorded(plan, entries, warn)
-    provenance = _provenance(options, plan, len(prompts), tokens, generated)
-    write_statistics(options.output, entries, provenance)
+
+    from fp8lib.calibration import coverage, report
+
+    tokens, generated = sum(batch.tokens for batch in batches), 0
+    entries = coverage.Entries(plan)
+    with ExitStack() as stack:
+        if options.layerwise:
+            layers = _one_layer_at_a_time(options, plan, config, batches, device, ranks)
+            recorded = stack.enter_context(closing(layers))
+        else:
+            generated, inputs = _whole_model(options, plan, tokenizer, batches, ranks)
+            recorded = iter([inputs])
+        provenance = _provenance(options, plan, len(prompts), tokens, generated)
+        if not ranks.is_main:
+            for _ in recorded:
+                pass  # rank 0 has them
+            ranks.wait_for("written")
+            return
+        weights = [(m.weight.name, m.columns) for m in plan.matrices]
+        writer = stack.enter_context(StatisticsWriter(options.output, weights, provenance))
+        for inputs in recorded:
+            for weight, entry in entries.make(inputs):
+                writer.add(weight, entry)
+        writer.commit()
+    ranks.publish("written", True)
+    _warn_unrecorded(entries.left, warn)
     facts = {
         "Model": f"{printable(root)} ({provenance['model_type']}), {provenance['mode']}",
         "Prompts": f"{len(prompts)} ({provenance['prompts_file']})",
@@ -83,7 +132,7 @@ def run(options: Options, printer: Printer, warn: Callable[[str], None]) -> None
         "Time": f"{time.monotonic() - started:,.0f} s",
         "Written": f"{printable(options.output)} ({size(options.output.stat().st_size)})",
     }
-    calibration_report.print_summary(printer, covered, facts)
+    report.print_summary(printer, entries.coverage(tokens + generated), facts)
 
 
 def _provenance(options: Options, plan: Plan, prompts: int, tokens: int, generated: int) -> dict:
@@ -91,7 +140,7 @@ def _provenance(options: Options, plan: Plan, prompts: int, tokens: int, generat
     import torch
     import transformers
 
-    from fp8lib.coverage import ENOUGH
+    from fp8lib.calibration.coverage import ENOUGH
 
     return {
         "producer": f"collect_activation_stats {__version__}",
@@ -110,15 +159,34 @@ def _provenance(options: Options, plan: Plan, prompts: int, tokens: int, generat
 # --- refusals ----------------------------------------------------------------------------------
 
 
-def _refuse_early(options: Options) -> tuple[Plan, list[Prompt], "torch.device | None"]:
+def _refuse_early(options: Options, ranks: Ranks) -> tuple[Plan, list[Prompt], "torch.device | None"]:
     """Everything that needs no library but torch to be found wrong."""
-    _check_output(options.output)
+    if ranks.world > 1 and not options.layerwise:
+        raise Fp8Error("under torchrun: add --layerwise; without it one process spreads the model itself")
     plan = make_plan(open_checkpoint(options.model_dir))
     prompts = read_prompts(options.prompts_file)
     require_tokenizer(plan.checkpoint.root)
-    device = _device(options)
-    _check_memory(options, plan.checkpoint, device)
+    device = _device(options, ranks)
+    _check_memory(options, plan.checkpoint, device, ranks)
     return plan, prompts, device
+
+
+def _check_agreement(options: Options, plan: Plan, ids: list[list[int]], ranks: Ranks) -> None:
+    """Refuse, on a rank other than 0, another model or other prompts: every machine has its own disk."""
+    mine = {
+        "model": {s.name: [s.size, s.header_sha256] for s in plan.checkpoint.shards},
+        "prompts": hashlib.sha256(repr((ids, options.batch_size)).encode()).hexdigest(),
+    }
+    if ranks.is_main:
+        ranks.publish("terms", mine)
+        return
+    theirs = ranks.wait_for("terms")
+    for key in mine:
+        if mine[key] != theirs[key]:
+            raise Fp8Error(
+                f"{printable(options.model_dir)}: rank {ranks.rank} has another {key} than rank 0; "
+                "give all machines the same files and flags"
+            )
 
 
 def _check_output(path: Path) -> None:
@@ -139,42 +207,32 @@ def _check_output(path: Path) -> None:
             probe.unlink(missing_ok=True)
 
 
-def _device(options: Options) -> "torch.device | None":
+def _device(options: Options, ranks: Ranks) -> "torch.device | None":
     """The torch device that --device_map names; None where accelerate is to spread the model."""
-    import torch
+    if options.device_map in _SPREAD and not options.layerwise:
+        return None
+    from fp8lib.devices import choose_device
 
-    name = options.device_map
-    if name in _SPREAD:
-        if not options.layerwise:
-            return None
-        if name != "auto":
-            raise Fp8Error(f"--device_map {name}: --layerwise runs on one device; use auto, cpu or cuda:N")
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise Fp8Error(f"--device_map {printable(name)}: use auto, cpu, cuda or cuda:N")
-    count = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise Fp8Error(f"--device_map {name}: there are {count} CUDA devices here; use --device_map cpu")
-    return device
+    return choose_device(options.device_map, ranks.local_rank, flag="--device_map")
 
 
-def _check_memory(options: Options, checkpoint: Checkpoint, device: "torch.device | None") -> None:
+def _check_memory(
+    options: Options, checkpoint: Checkpoint, device: "torch.device | None", ranks: Ranks
+) -> None:
     """Refuse a model, or in layerwise mode a layer, that is larger than the memory there is."""
-    from fp8lib import memory
+    from fp8lib.calibration import memory
 
     parts = _bytes_in_bf16(checkpoint)
     there = memory.available(device)
     shown = printable(checkpoint.root)
     if options.layerwise:
-        need = max((n for name, n in parts.items() if name.startswith("layers.")), default=0)
+        layers = ranks.local_world if device.type == "cpu" else 1  # every rank of a machine holds one
+        need = layers * max((n for name, n in parts.items() if name.startswith("layers.")), default=0)
         if need > there:
+            what = "its largest layer is" if layers == 1 else f"the largest layers of {layers} ranks are"
             raise Fp8Error(
-                f"{shown}: its largest layer is {size(need)} in BF16, and {size(there)} of memory is free; "
-                "use a device with more"
+                f"{shown}: {what} {size(need)} in BF16, and {size(there)} of memory is free; "
+                f"use {'a device with more' if layers == 1 else 'fewer ranks'}"
             )
     elif (need := sum(parts.values())) > there:
         raise Fp8Error(
@@ -195,10 +253,9 @@ def _bytes_in_bf16(checkpoint: Checkpoint) -> dict[str, int]:
     return parts
 
 
-def _warn_unrecorded(plan: Plan, entries: dict, warn: Callable[[str], None]) -> None:
+def _warn_unrecorded(left: set[str], warn: Callable[[str], None]) -> None:
     """Say which quantized weights have no entry; more than mtp.* means that something is wrong."""
-    left = [m.weight.name for m in plan.matrices if m.weight.name not in entries]
-    others = [name for name in left if not name.startswith("mtp.")]
+    others = sorted(name for name in left if not name.startswith("mtp."))
     if len(left) > len(others):
         count = len(left) - len(others)
         warn(f"{count} weights of mtp.* get no statistics: transformers does not load them")
@@ -209,7 +266,7 @@ def _warn_unrecorded(plan: Plan, entries: dict, warn: Callable[[str], None]) -> 
 # --- libraries ---------------------------------------------------------------------------------
 
 
-def _transformers(options: Options):
+def _transformers(options: Options, ranks: Ranks):
     """The library: off the network, the model is a local directory, and quiet, unless it is debugged."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -220,7 +277,7 @@ def _transformers(options: Options):
 
     if not options.debug:
         transformers.utils.logging.set_verbosity(transformers.utils.logging.CRITICAL)
-    if options.quiet or not sys.stderr.isatty():
+    if options.quiet or not ranks.is_main or not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     return transformers
 
@@ -250,23 +307,51 @@ def _tokens(options: Options, prompts: list[Prompt], tokenizer, vocabulary: int)
     return ids
 
 
-def _collect(options: Options, plan: Plan, config, tokenizer, batches, device) -> tuple[dict, int]:
-    """(statistics by input, generated tokens)."""
-    from fp8lib import layerwise, whole_model
-    from fp8lib.calibration_report import Progress
-    from fp8lib.recording import Recorder
+def _whole_model(
+    options: Options, plan: Plan, tokenizer, batches: list[Batch], ranks: Ranks
+) -> tuple[int, dict[str, "InputStatistics"]]:
+    """(generated tokens, statistics by input)."""
+    from fp8lib.calibration import whole_model
+    from fp8lib.calibration.recording import Recorder
+    from fp8lib.calibration.report import Progress
 
-    prompts = sum(len(batch.ids) for batch in batches)
-    recorder = Recorder(plan)
-    if options.layerwise:
-        total = prompts * config.num_hidden_layers
-        with Progress(total, "layers", options.quiet) as progress, recorder:
-            inputs = layerwise.run(plan.checkpoint, config, batches, device, recorder, progress)
-        return inputs, 0
     if not (options.quiet or sys.stderr.isatty()):  # transformers shows a bar on a terminal
         print(f"loading {printable(plan.checkpoint.root)}", file=sys.stderr, flush=True)
     model = whole_model.load(plan.checkpoint.root, options.device_map)
     stop = whole_model.end_tokens(model, tokenizer)
-    with Progress(prompts, "prompts", options.quiet) as progress, recorder:
+    prompts = sum(len(batch.ids) for batch in batches)
+    with Progress(prompts, "prompts", options.quiet, ranks) as progress, Recorder(plan) as recorder:
         generated = whole_model.run(model, batches, recorder, progress, options.max_tokens, stop)
-        return recorder.take(), generated
+        return generated, recorder.take()
+
+
+def _one_layer_at_a_time(
+    options: Options, plan: Plan, config, batches: list[Batch], device: "torch.device", ranks: Ranks
+) -> Iterator[dict[str, "InputStatistics"]]:
+    """Statistics by input, layer after layer; on rank 0 those of all ranks' tokens together."""
+    import torch
+
+    from fp8lib.calibration import layerwise
+    from fp8lib.calibration.input_statistics import pack, unpack
+    from fp8lib.calibration.recording import Recorder
+    from fp8lib.calibration.report import Progress
+    from fp8lib.devices import default_workers
+
+    if ranks.world > 1 and device.type == "cpu":  # torchrun leaves every rank one thread
+        torch.set_num_threads(default_workers(device, ranks.local_world))
+    shares = divide(batches, ranks.world)
+    others = [rank for rank in range(1, ranks.world) if shares[rank]]
+    if not shares[ranks.rank]:
+        return
+    total = sum(len(batch.ids) for batch in batches) * config.num_hidden_layers
+    quiet = options.quiet or not ranks.is_main
+    with Progress(total, "layers", quiet, ranks) as progress, Recorder(plan) as recorder:
+        layers = layerwise.run(plan.checkpoint, config, shares[ranks.rank], device, recorder, progress)
+        for number, inputs in enumerate(layers):
+            if not ranks.is_main:
+                ranks.send(f"layer {number} of rank {ranks.rank}", pack(inputs))
+            for rank in others if ranks.is_main else ():
+                theirs = unpack(ranks.receive(f"layer {number} of rank {rank}"))
+                inputs = {name: mine.merged(theirs[name]) for name, mine in inputs.items()}
+            progress.show()
+            yield inputs

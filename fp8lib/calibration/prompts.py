@@ -1,6 +1,6 @@
 """Calibration prompts: the built-in set or a user's file, as tokens in left-padded batches.
 
-The built-in set (`calibration_prompts.jsonl`, written for this project) holds 39 prompts in eleven
+The built-in set (`prompts.jsonl`, written for this project) holds 39 prompts in eleven
 languages: reasoning, code in seven languages, mathematics with worked steps, long texts to summarize,
 tool calls, structured output, dialogue. Many of them contain an assistant's answer before the last
 question, so that a run that generates nothing sees both sides of a conversation too.
@@ -22,7 +22,7 @@ from fp8lib.checkpoint import printable
 if TYPE_CHECKING:  # a broken prompts file is refused without importing torch
     import torch
 
-BUILT_IN = Path(__file__).with_name("calibration_prompts.jsonl")
+BUILT_IN = Path(__file__).with_name("prompts.jsonl")
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
@@ -227,3 +227,17 @@ def make_batches(prompts: Sequence[Sequence[int]], batch_size: int, max_tokens: 
         lengths = torch.tensor([len(row) for row in group])
         batches.append(Batch(ids, torch.arange(width) >= (width - lengths)[:, None]))
     return batches
+
+
+def divide(batches: Sequence[Batch], ranks: int) -> list[list[Batch]]:
+    """Batches for each of so many processes: each to the one with the fewest tokens so far.
+
+    Batches stay whole, because the size of a matrix product decides its last bits.
+    """
+    shares: list[list[Batch]] = [[] for _ in range(ranks)]
+    tokens = [0] * ranks
+    for batch in batches:
+        rank = tokens.index(min(tokens))
+        shares[rank].append(batch)
+        tokens[rank] += batch.ids.numel()
+    return shares

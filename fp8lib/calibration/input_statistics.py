@@ -1,4 +1,4 @@
-"""What a weight is multiplied with, summed up: largest magnitude and mean square of each input channel.
+"""What a weight is multiplied with, summed up: largest magnitude and sum of squares of each input channel.
 
 Several weights can share an input. Engines fuse q, k and v (or gate and up) into one matrix because they
 do, so a fusion group has one input. The experts of a layer have one each, and `groups` of them are kept
@@ -10,14 +10,16 @@ the activations, and nothing here waits for it but `Sums.result`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from safetensors.numpy import load, save
 
 from fp8lib.rules import fusion_group, one_expert_part
 
+_PARTS = ("maximum", "squares", "tokens")
 _PIECE = 1 << 22
 """Activations widened to float64 at a time: 32 MiB, however long the prompts and wide the layer."""
 
@@ -41,34 +43,52 @@ class InputStatistics:
 
     Attributes:
         maximum: float32 [groups, channels], largest |x|; zeros where no token came.
-        mean_square: float32 [groups, channels].
+        squares: float64 [groups, channels], sum of x^2.
         tokens: int64 [groups].
     """
 
     maximum: np.ndarray
-    mean_square: np.ndarray
+    squares: np.ndarray
     tokens: np.ndarray
+
+    @property
+    def mean_square(self) -> np.ndarray:
+        """float32 [groups, channels]; zeros where no token came."""
+        return (self.squares / np.maximum(self.tokens, 1)[:, None]).astype(np.float32)
 
     def row(self, group: int) -> InputStatistics:
         """One group of them."""
         rows = slice(group, group + 1)
-        return InputStatistics(self.maximum[rows], self.mean_square[rows], self.tokens[rows])
+        return InputStatistics(self.maximum[rows], self.squares[rows], self.tokens[rows])
 
     def pooled(self) -> InputStatistics:
         """All groups as one."""
-        return merge([self.row(group) for group in range(len(self.tokens))])
+        return InputStatistics(
+            self.maximum.max(0, keepdims=True),
+            self.squares.sum(0, keepdims=True),
+            self.tokens.sum(keepdims=True),
+        )
+
+    def merged(self, other: InputStatistics) -> InputStatistics:
+        """Statistics of the same inputs over other tokens too, as if one run had seen all of them."""
+        return InputStatistics(
+            np.maximum(self.maximum, other.maximum), self.squares + other.squares, self.tokens + other.tokens
+        )
 
     def is_finite(self) -> bool:
-        return bool(np.isfinite(self.maximum).all() and np.isfinite(self.mean_square).all())
+        return bool(np.isfinite(self.maximum).all() and np.isfinite(self.squares).all())
 
 
-def merge(parts: Sequence[InputStatistics]) -> InputStatistics:
-    """Statistics of the same inputs over different tokens, as if one run had seen all of them."""
-    tokens = np.sum([p.tokens for p in parts], axis=0)
-    squares = sum(p.mean_square.astype(np.float64) * p.tokens[:, None] for p in parts)
-    mean_square = squares / np.maximum(tokens, 1)[:, None]
-    maximum = np.maximum.reduce([p.maximum for p in parts])
-    return InputStatistics(maximum, mean_square.astype(np.float32), tokens)
+def pack(inputs: Mapping[str, InputStatistics]) -> bytes:
+    """Statistics by input as bytes, for another process."""
+    return save({f"{name}.{part}": getattr(s, part) for name, s in inputs.items() for part in _PARTS})
+
+
+def unpack(data: bytes) -> dict[str, InputStatistics]:
+    """What was packed."""
+    arrays = load(data)
+    names = {key.rpartition(".")[0] for key in arrays}
+    return {name: InputStatistics(*(arrays[f"{name}.{part}"] for part in _PARTS)) for name in names}
 
 
 class Sums:
@@ -106,7 +126,6 @@ class Sums:
 
     def result(self) -> InputStatistics:
         """The statistics so far, on the host."""
-        mean_square = self.squares / self.tokens.clamp(min=1)[:, None]
         return InputStatistics(
-            self.maximum.cpu().numpy(), mean_square.float().cpu().numpy(), self.tokens.cpu().numpy()
+            self.maximum.cpu().numpy(), self.squares.cpu().numpy(), self.tokens.cpu().numpy()
         )

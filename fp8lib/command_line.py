@@ -1,0 +1,183 @@
+"""What a command does beside its work: one `error:` line, exit codes, signals, streams that may be closed."""
+
+import argparse
+import io
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from dataclasses import dataclass
+from typing import NoReturn
+
+from fp8lib import Fp8Error
+from fp8lib.ranks import refuse_together
+
+_PATIENCE = 1.5
+"""Seconds after a signal until the process ends, whatever a slow disk still keeps it from."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Refuses a wrong flag the way everything else is refused."""
+
+    def error(self, message: str) -> NoReturn:
+        raise Fp8Error(f"{message}; see --help")
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A script's command line.
+
+    Attributes:
+        parse: arguments (None for the process's own) -> flags, `debug` among them; raises Fp8Error.
+        run: flags -> exit code.
+        interrupted: what to say after SIGINT or SIGTERM.
+        out_of_memory: what to do when memory runs out.
+    """
+
+    parse: Callable[[list[str] | None], argparse.Namespace]
+    run: Callable[[argparse.Namespace], int]
+    interrupted: str
+    out_of_memory: str
+
+    def main(self, arguments: list[str] | None = None) -> int:
+        """Run; returns the exit code.
+
+        Raises:
+            SystemExit: `--help`, `--version`, a rank of a job that has ended.
+        """
+        with _lasting_streams(), _interruptible(self.interrupted):
+            speaks = os.environ.get("RANK", "0") == "0"  # under torchrun one rank speaks for all
+            flags = None
+            try:
+                flags = self.parse(arguments)
+                return self.run(flags)
+            except _Interrupted as interrupt:
+                self._leave_interrupted(interrupt, speaks)
+            except Exception as error:
+                # A library may turn what interrupts its import into an error of its own.
+                if interrupt := _interrupt_behind(error):
+                    self._leave_interrupted(interrupt, speaks)
+                if flags is None:
+                    refuse_together(error)
+                elif flags.debug:
+                    traceback.print_exc()
+                if speaks:
+                    print(f"error: {self._describe(error)}", file=sys.stderr)
+                return 2
+
+    def end(self) -> NoReturn:
+        """Run as the process's own command line."""
+        code = self.main()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback from the interpreter's last moments
+        sys.exit(code)
+
+    def _leave_interrupted(self, interrupt: "_Interrupted", speaks: bool) -> NoReturn:
+        if speaks:
+            print(self.interrupted, file=sys.stderr, flush=True)
+        os._exit(128 + interrupt.args[0])  # without waiting for a disk that is still writing
+
+    def _describe(self, error: Exception) -> str:
+        """One line for an error that ends the run."""
+        text = _one_line(str(error))
+        if isinstance(error, Fp8Error):
+            return text
+        if isinstance(error, ModuleNotFoundError):
+            return f"{error.name} is not installed; pip install -r requirements.txt"
+        if isinstance(error, MemoryError) or "out of memory" in text.lower():
+            return f"out of memory ({text}); {self.out_of_memory}"
+        return f"{type(error).__name__}: {text}; run again with --debug for the traceback"
+
+
+def _one_line(text: str) -> str:
+    """The first line of a text, its control characters escaped."""
+    line = next(iter(text.strip().splitlines()), "")
+    return line if line.isprintable() else line.encode("unicode_escape").decode("ascii")
+
+
+# --- signals -----------------------------------------------------------------------------------
+
+
+class _Interrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM; `args[0]` is the signal's number."""
+
+
+def _interrupt_behind(error: BaseException | None) -> _Interrupted | None:
+    """The interrupt that an error was made of, if it was."""
+    while error is not None and not isinstance(error, _Interrupted):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+@contextmanager
+def _interruptible(farewell: str) -> Iterator[None]:
+    """SIGINT and SIGTERM raise _Interrupted; afterwards they do what they did before."""
+
+    def give_up(number: int) -> NoReturn:
+        with suppress(OSError):
+            os.write(2, f"\n{farewell}\n".encode())
+        os._exit(128 + number)
+
+    def interrupt(number: int, _frame: object) -> None:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_IGN)  # once is enough; what follows is short
+        # Unless a write hangs, or Python was just where it drops exceptions (a finalizer, a weakref's).
+        signal.signal(signal.SIGALRM, lambda *_: give_up(number))
+        signal.setitimer(signal.ITIMER_REAL, _PATIENCE)
+        raise _Interrupted(number)
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if signal.getsignal(number) is interrupt:  # under torchrun, a rank that leaves stays deaf
+                signal.signal(number, handler)
+
+
+# --- streams -----------------------------------------------------------------------------------
+
+
+class _Lasting:
+    """A standard stream that nobody may be reading any more (`| head`): what was done stays done."""
+
+    def __init__(self, stream: io.TextIOBase) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            self._drop()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            self._drop()
+
+    def _drop(self) -> None:
+        """Let this and all that follows disappear, what is still buffered included."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+
+
+@contextmanager
+def _lasting_streams() -> Iterator[None]:
+    """stdout and stderr that may be closed, before (`>&-`) or while this runs, without any harm."""
+    # An output file must not get the number of a closed one: libraries write their warnings to 2.
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    with ExitStack() as stack:
+        for name, redirect in (("stdout", redirect_stdout), ("stderr", redirect_stderr)):
+            stream = getattr(sys, name) or stack.enter_context(open(os.devnull, "w"))
+            lasting = stack.enter_context(redirect(_Lasting(stream)))
+            stack.callback(lasting.flush)
+        yield
