@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import machine
-from fp8lib.devices import choose_device, default_workers
+from fp8lib.devices import choose_device, cores_of_rank
 from fp8lib.lanes import keep_freed_memory
 from fp8lib.modes import Calibration
 from fp8lib.pipeline import CPU_PIECE, CUDA_PIECE, rows_per_piece
@@ -45,7 +45,7 @@ def main() -> None:
     keep_freed_memory()
     torch.set_num_threads(1)
     cuda = device.type == "cuda"
-    workers = flags.workers or (1 if cuda else default_workers(device))
+    workers = flags.workers or (1 if cuda else cores_of_rank(1))
     rows = flags.rows or rows_per_piece(flags.columns, CUDA_PIECE if cuda else CPU_PIECE)
     weights = torch.randn(rows, flags.columns, device=device).mul_(0.02).bfloat16()
     activation = torch.rand(flags.columns, device=device) + 0.01

@@ -38,6 +38,11 @@ def choose_device(name: str, local_rank: int = 0, flag: str = "--device") -> tor
 
 
 def default_workers(device: torch.device, local_ranks: int = 1) -> int:
-    """One per core, divided among the ranks of a machine; on CUDA no more than keep one device busy."""
-    cores = max(len(os.sched_getaffinity(0)) // local_ranks, 1)
-    return min(cores, 4) if device.type == "cuda" else cores
+    """One more than there are cores, so that one may wait for the disk; on CUDA what keeps a device busy."""
+    cores = cores_of_rank(local_ranks)
+    return min(cores, 4) if device.type == "cuda" else cores + 1
+
+
+def cores_of_rank(local_ranks: int) -> int:
+    """Cores of each of so many ranks of this machine."""
+    return max(len(os.sched_getaffinity(0)) // local_ranks, 1)

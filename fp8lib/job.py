@@ -25,7 +25,7 @@ from fp8lib.writer import copy_file, write_file
 class Options:
     """What a run is asked to do; the flags of quantize_fp8.py, which document them.
 
-    `verify_samples` is None for all, `activation_stats` None for none, `workers` 0 for one per core.
+    `verify_samples` is None for all, `activation_stats` None for none, `workers` 0 for the device's default.
     """
 
     input_dir: Path

@@ -1,6 +1,7 @@
 """What a worker thread works with: files to read from, host buffers, a device and a stream on it."""
 
 import ctypes
+import mmap
 import os
 import threading
 from contextlib import suppress
@@ -79,10 +80,16 @@ class Lane:
         self._buffers: dict[str, torch.Tensor] = {}
 
     def host(self, name: str, nbytes: int) -> torch.Tensor:
-        """A uint8 host buffer of this length, pinned on CUDA; valid until the name is asked for again."""
+        """A uint8 host buffer of this length, valid until the name is asked for again.
+
+        It begins on a page, which direct writes need, and is pinned on CUDA.
+        """
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < nbytes:
-            buffer = torch.empty(nbytes, dtype=torch.uint8, pin_memory=self.stream is not None)
+            if self.stream is None:
+                buffer = torch.frombuffer(mmap.mmap(-1, max(nbytes, 1)), dtype=torch.uint8)
+            else:
+                buffer = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
             self._buffers[name] = buffer
         return buffer[:nbytes]
 
@@ -99,8 +106,6 @@ class Lane:
     def to_host(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """A device tensor's bytes in host memory, uint8; on CUDA readable after `synchronize`."""
         flat = tensor.contiguous().view(torch.uint8).reshape(-1)
-        if self.stream is None:
-            return flat
         buffer = self.host(name, flat.numel())
         buffer.copy_(flat, non_blocking=True)
         return buffer

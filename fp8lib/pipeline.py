@@ -35,7 +35,7 @@ from fp8lib.rules import BLOCK, blocks
 from fp8lib.scales import quantize_blocks
 from fp8lib.stats import Statistics
 from fp8lib.verify import Errors, Pair
-from fp8lib.writer import ShardWriter
+from fp8lib.writer import PAGE, ShardWriter
 
 CPU_PIECE = 1024 * 1024
 """Weights in a piece on the CPU: its float32 temporaries of 2 MB stay in a core's share of the cache."""
@@ -346,8 +346,12 @@ class _Job:
 
 
 def _byte_ranges(item: Passthrough) -> Iterator[tuple[int, int]]:
-    for first in range(0, item.output.nbytes, _COPY_PIECE):
-        yield first, min(first + _COPY_PIECE, item.output.nbytes)
+    size = item.output.nbytes
+    first_page = min(-item.output.start % PAGE, size)
+    if first_page:
+        yield 0, first_page
+    for first in range(first_page, size, _COPY_PIECE):
+        yield first, min(first + _COPY_PIECE, size)
 
 
 # --- all shards --------------------------------------------------------------------------------

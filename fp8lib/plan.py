@@ -36,6 +36,7 @@ from fp8lib.rules import (
     reason_kept,
     unservable_shape,
 )
+from fp8lib.writer import PAGE
 
 _QUANTIZABLE = ("BF16", "F16", "F32")
 _MAX_EXPERTS = 100_000
@@ -388,6 +389,10 @@ def _lay_out(drafts: list[_Draft], metadata: dict[str, str] | None) -> tuple[byt
         end = offsets[1]
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
+    # Spaces may follow: the FP8 weights begin on a page then, and all are whole pages but for edge blocks.
+    first_fp8 = 8 + len(text) + sum(d.nbytes for d in drafts if _place(d) < 0)
+    if first_fp8 % 8 == 0:
+        text += b" " * (-first_fp8 % PAGE)
     data_start = 8 + len(text)
     outputs = {}
     for draft in drafts:

@@ -1,5 +1,6 @@
 """What a finished output directory holds besides its quantized weights, and that it is always the same."""
 
+import fcntl
 import json
 import os
 import re
@@ -14,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fp8lib import __version__
+from fp8lib import __version__, writer
 from fp8lib.checkpoint import open_checkpoint
 from fp8lib.modes import MODES, Calibration
 from fp8lib.pipeline import Settings, divide, process
@@ -318,6 +319,42 @@ def test_tensors_are_aligned_to_their_dtype_and_leave_no_holes(
             assert (data_start + start) % ITEM_SIZE[entry["dtype"]] == 0
             end = stop
         assert data_start + end == path.stat().st_size
+
+
+def test_fp8_weights_begin_on_a_page(checkpoint: Callable, quantized: Callable) -> None:
+    """So that whole rows of blocks are whole pages, which the writer sends to the disk directly."""
+    for path in quantized(checkpoint("moe", shards=3)).glob("*.safetensors"):
+        data_start, entries = header(path)
+        entries.pop("__metadata__")
+        starts = [data_start + e["data_offsets"][0] for e in entries.values() if e["dtype"] == "F8_E4M3"]
+        assert min(starts, default=0) % 4096 == 0
+
+
+@pytest.mark.parametrize("flags", [(), ("--checksums",)], ids=["plain", "checksums"])
+def test_direct_writes_make_the_same_files(
+    checkpoint: Callable, cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple
+) -> None:
+    source = checkpoint("moe", shards=3, vocab_size=5001)  # an embedding that fills no whole pages
+    counts = {"direct": 0, "all": 0}
+
+    def write_at(fd: int, offset: int, data: bytes | memoryview, path: Path) -> None:
+        direct = bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)
+        counts["direct"] += len(data) * direct
+        counts["all"] += len(data) * path.name.endswith(".safetensors")
+        plain_write_at(fd, offset, data, path)
+
+    plain_write_at = writer.write_at
+    monkeypatch.setattr(writer, "write_at", write_at)
+    arguments = ["--input_dir", source, *flags, "--output_dir"]
+    assert cli(*arguments, tmp_path / "direct").rc == 0
+    share = counts["direct"] / counts["all"]
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "_TAKE_DIRECT_WRITES", set())
+        assert cli(*arguments, tmp_path / "cached").rc == 0
+    assert files(tmp_path / "direct") == files(tmp_path / "cached")
+    if share == 0:
+        pytest.skip("this file system takes no direct writes")
+    assert share > 0.9
 
 
 # --- files -------------------------------------------------------------------------------------

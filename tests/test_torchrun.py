@@ -356,7 +356,7 @@ def test_a_bad_input_is_refused_once(tmp_path: Path, torchrun: Callable) -> None
     flags = ("--max-restarts", 1)
     done = torchrun(2, "--input_dir", tmp_path / "nosuch", "--output_dir", tmp_path / "out", flags=flags)
     assert done.codes == [1]
-    assert done.errors == [f"error: {tmp_path / 'nosuch'}: no such directory"]
+    assert done.errors == [f"error: {tmp_path / 'nosuch'}: no such directory; check the path"]
     assert done.notes("started").keys() == {(0, 0), (1, 0), (0, 1), (1, 1)}
     assert [done.exits[rank, 0] for rank in (0, 1)] == ["2", "2"]
     assert not (tmp_path / "out").exists()

@@ -335,10 +335,10 @@ def _one_layer_at_a_time(
     from fp8lib.calibration.input_statistics import pack, unpack
     from fp8lib.calibration.recording import Recorder
     from fp8lib.calibration.report import Progress
-    from fp8lib.devices import default_workers
+    from fp8lib.devices import cores_of_rank
 
     if ranks.world > 1 and device.type == "cpu":  # torchrun leaves every rank one thread
-        torch.set_num_threads(default_workers(device, ranks.local_world))
+        torch.set_num_threads(cores_of_rank(ranks.local_world))
     shares = divide(batches, ranks.world)
     others = [rank for rank in range(1, ranks.world) if shares[rank]]
     if not shares[ranks.rank]:
