@@ -2,11 +2,13 @@
 """End to end: quantize_fp8.py as a user runs it, against `cp` of the same shards.
 
 Makes a checkpoint of the real shapes, reads it once so that the page cache is warm, then times, in turn,
-`cp` and every mode, whole processes, into the same directory. Medians are printed.
+`cp` and every mode, whole processes, into the same directory. Every round begins with the next of them, so
+that none always runs behind the same other. Medians are printed.
 
     python benchmarks/bench_quantize.py --folder /data/bench
     python benchmarks/bench_quantize.py --folder /data/bench --model 35B-A3B --shards 14 --device cuda
     python benchmarks/bench_quantize.py --folder /data/bench --growth
+    python benchmarks/bench_quantize.py --folder /data/bench --modes rms --ranks 1,2
 """
 
 import argparse
@@ -47,6 +49,9 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--growth", action="store_true", help="1, 2, 4 and 8 layers instead of all modes")
     parser.add_argument(
+        "--ranks", default="", help="also torchrun with so many processes, such as 1,2; and its start alone"
+    )
+    parser.add_argument(
         "--peer", action="store_true", help="also llm-compressor's model_free_ptq, if installed"
     )
     parser.add_argument("--json", type=Path, help="also write the results here")
@@ -72,6 +77,11 @@ def _modes(flags: argparse.Namespace, shape: checkpoints.Shape, hardware: list[s
     runs["rms, --verify_samples all"] = ["--calib_mode", "rms", "--verify_samples", "all"]
     output = flags.folder / "out"
     commands = {name: _command(source, output, [*extra, *hardware]) for name, extra in runs.items()}
+    for ranks in flags.ranks.split(",") if flags.ranks else ():
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
+        command = _command(source, output, ["--calib_mode", "rms", *hardware])[1:]
+        commands[f"torchrun, {ranks} ranks"] = [*torchrun, *command]
+        commands[f"torchrun, {ranks} ranks, --dry_run"] = [*torchrun, *command, "--dry_run"]
     if flags.peer:
         device = "cpu" if flags.device == "auto" else flags.device
         commands["llm-compressor"] = [sys.executable, "-c", PEER, str(source), str(output), device]
@@ -113,8 +123,11 @@ def _compare(flags: argparse.Namespace, source: Path, commands: dict, parameters
     walls: dict[str, list[float]] = {name: [] for name in everything}
     cpu: dict[str, list[float]] = {name: [] for name in everything}
     peak = dict.fromkeys(everything, 0)
-    for _ in range(flags.repeat):
-        for name, command in everything.items():
+    for round_ in range(flags.repeat):
+        names = list(everything)
+        first = round_ % len(names)
+        for name in names[first:] + names[:first]:
+            command = everything[name]
             shutil.rmtree(flags.folder / "out", ignore_errors=True)
             if name == "cp":
                 (flags.folder / "out").mkdir()
