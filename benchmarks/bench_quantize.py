@@ -81,7 +81,7 @@ def _modes(flags: argparse.Namespace, shape: checkpoints.Shape, hardware: list[s
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
         command = _command(source, output, ["--calib_mode", "rms", *hardware])[1:]
         commands[f"torchrun, {ranks} ranks"] = [*torchrun, *command]
-        commands[f"torchrun, {ranks} ranks, --dry_run"] = [*torchrun, *command, "--dry_run"]
+        commands[f"torchrun, {ranks} ranks, --version"] = [*torchrun, *command, "--version"]
     if flags.peer:
         device = "cpu" if flags.device == "auto" else flags.device
         commands["llm-compressor"] = [sys.executable, "-c", PEER, str(source), str(output), device]

@@ -11,6 +11,7 @@ import torch
 
 from fp8lib import Fp8Error
 from fp8lib.checkpoint import printable
+from fp8lib.direct import open_direct, takes_direct, whole_pages
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 """Torch's dtype for the dtypes that weights and scales may have."""
@@ -33,11 +34,11 @@ class Files:
     """Files open for reading, each once; any thread may read from them."""
 
     def __init__(self) -> None:
-        self._descriptors: dict[Path, int] = {}
+        self._descriptors: dict[tuple[Path, bool], int] = {}
         self._lock = threading.Lock()
 
-    def read_into(self, buffer: torch.Tensor, path: Path, start: int) -> None:
-        """Fill a uint8 host tensor with a file's bytes from `start` on.
+    def read_into(self, buffer: torch.Tensor, path: Path, start: int, direct: bool = False) -> None:
+        """Fill a uint8 host tensor with a file's bytes from `start` on; if `direct`, from the disk itself.
 
         `pread` into a buffer that is used again: a mapped file would count as resident memory, and
         every page of it would fault.
@@ -47,9 +48,9 @@ class Files:
         """
         view = memoryview(buffer.numpy())
         try:
-            descriptor = self._open(path)
             while len(view):
-                count = os.preadv(descriptor, [view], start)
+                pages = whole_pages(view, start) if direct and self._open(path, direct=True) >= 0 else 0
+                count = os.preadv(self._open(path, pages > 0), [view[: pages or None]], start)
                 if count == 0:
                     raise Fp8Error(
                         f"{printable(path)}: became shorter while it was read; restore it and run again"
@@ -58,16 +59,22 @@ class Files:
         except OSError as error:
             raise Fp8Error(f"{printable(path)}: cannot be read ({error.strerror})") from None
 
-    def _open(self, path: Path) -> int:
+    def _open(self, path: Path, direct: bool) -> int:
         with self._lock:
-            if path not in self._descriptors:
-                self._descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            return self._descriptors[path]
+            plain = self._descriptors.get((path, False))
+            if plain is None:
+                plain = self._descriptors[path, False] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            if not direct:
+                return plain
+            if (path, True) not in self._descriptors:
+                self._descriptors[path, True] = open_direct(path, os.O_RDONLY) if takes_direct(plain) else -1
+            return self._descriptors[path, True]
 
     def close(self) -> None:
         with self._lock:
             for descriptor in self._descriptors.values():
-                os.close(descriptor)
+                if descriptor >= 0:
+                    os.close(descriptor)
             self._descriptors.clear()
 
 
@@ -93,10 +100,12 @@ class Lane:
             self._buffers[name] = buffer
         return buffer[:nbytes]
 
-    def read(self, name: str, files: Files, path: Path, start: int, nbytes: int) -> torch.Tensor:
-        """Bytes of a file in the host buffer `name`, uint8 [nbytes]."""
+    def read(
+        self, name: str, files: Files, path: Path, start: int, nbytes: int, direct: bool = False
+    ) -> torch.Tensor:
+        """Bytes of a file in the host buffer `name`, uint8 [nbytes]; if `direct`, from the disk itself."""
         buffer = self.host(name, nbytes)
-        files.read_into(buffer, path, start)
+        files.read_into(buffer, path, start, direct)
         return buffer
 
     def to_device(self, host: torch.Tensor) -> torch.Tensor:

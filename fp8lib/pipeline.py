@@ -27,6 +27,7 @@ import torch
 
 from fp8lib import Fp8Error, verify
 from fp8lib.checkpoint import printable
+from fp8lib.direct import PAGE
 from fp8lib.lanes import DTYPES, Files, Lane, as_bytes, keep_freed_memory
 from fp8lib.manifest import ShardResult
 from fp8lib.modes import Calibration
@@ -35,7 +36,7 @@ from fp8lib.rules import BLOCK, blocks
 from fp8lib.scales import quantize_blocks
 from fp8lib.stats import Statistics
 from fp8lib.verify import Errors, Pair
-from fp8lib.writer import PAGE, ShardWriter
+from fp8lib.writer import ShardWriter
 
 CPU_PIECE = 1024 * 1024
 """Weights in a piece on the CPU: its float32 temporaries of 2 MB stay in a core's share of the cache."""

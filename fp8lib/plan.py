@@ -26,6 +26,7 @@ from fp8lib.checkpoint import (
     printable,
     require_supported,
 )
+from fp8lib.direct import PAGE
 from fp8lib.rules import (
     BLOCK,
     blocks,
@@ -36,7 +37,6 @@ from fp8lib.rules import (
     reason_kept,
     unservable_shape,
 )
-from fp8lib.writer import PAGE
 
 _QUANTIZABLE = ("BF16", "F16", "F32")
 _MAX_EXPERTS = 100_000

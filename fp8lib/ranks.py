@@ -107,7 +107,11 @@ class Ranks:
         raise Fp8Error("rank 0 has not been heard of; look at what its machine says")
 
     def _exit_if_over(self) -> None:
+        from torch.distributed import PrefixStore
+
         if self._all_attempts.check(["exit code"]):
+            if self._all_attempts.check(["attempt"]):  # rank 0 may be waiting for this one to leave
+                PrefixStore(self._all_attempts.get("attempt").decode(), self._all_attempts).add("left", 1)
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as in `leave`
             raise SystemExit(int(self._all_attempts.get("exit code")))
 

@@ -13,13 +13,10 @@ from pathlib import Path
 
 from fp8lib import Fp8Error
 from fp8lib.checkpoint import open_regular, printable
+from fp8lib.direct import open_direct, takes_direct, whole_pages
 
 _BACKLOG = 16 * 1024 * 1024
 """Bytes written between one look at the disk's progress and the next."""
-PAGE = 4096
-"""What offset, address and length of a direct write are multiples of: a page, no disk's sector is larger."""
-_TAKE_DIRECT_WRITES = {0xEF53, 0x58465342}
-"""Magic numbers of ext4 and XFS. Network file systems have reasons of their own to gather writes."""
 _SYNC_FILE_RANGE_WAIT_BEFORE, _SYNC_FILE_RANGE_WRITE = 1, 2
 _LONGEST_NAME = 240
 """Bytes of a file name that leave room for the affixes; file systems take 255."""
@@ -35,9 +32,7 @@ def partial_path(path: Path) -> Path:
 class ShardWriter:
     """Writes one file by offsets.
 
-    Where the file system takes it, whole pages that lie in memory as they will lie in the file go to the
-    disk directly. Written through the page cache, 2 GB cost 4 s of a core on the machine of the
-    benchmarks, four times what the kernels cost, and push out what the machine's other users have cached.
+    Where the file system takes it, whole pages go to the disk directly (see fp8lib.direct).
 
     Args:
         path: the final name.
@@ -63,7 +58,9 @@ class ShardWriter:
         try:
             with refusing_disk_errors(path):
                 os.ftruncate(self._fd, size)
-                self._direct = _open_direct(self.partial, self._fd, size)
+                if size and takes_direct(self._fd):
+                    os.posix_fallocate(self._fd, 0, size)  # direct writes into holes wait for each other
+                    self._direct = open_direct(self.partial, os.O_WRONLY)
             self.write(0, header)
         except BaseException:
             self.abandon()
@@ -72,8 +69,7 @@ class ShardWriter:
     def write(self, offset: int, data: bytes | memoryview) -> None:
         """Write all of `data` at `offset`."""
         data = memoryview(data)
-        pages = len(data) - len(data) % PAGE
-        if self._direct >= 0 and pages and offset % PAGE == 0 and _address(data) % PAGE == 0:
+        if self._direct >= 0 and (pages := whole_pages(data, offset)):
             write_at(self._direct, offset, data[:pages], self.path)
             offset, data = offset + pages, data[pages:]
         write_at(self._fd, offset, data, self.path)
@@ -167,34 +163,6 @@ def write_at(fd: int, offset: int, data: bytes | memoryview, path: Path) -> None
         while len(view):
             written = os.pwrite(fd, view, offset)
             view, offset = view[written:], offset + written
-
-
-def _open_direct(path: Path, descriptor: int, size: int) -> int:
-    """Another descriptor of the same file, for direct writes, with the file's blocks reserved; -1 for none.
-
-    Raises:
-        OSError: no room for the file.
-    """
-    answer = (ctypes.c_long * 32)()
-    libc = ctypes.CDLL(None)
-    if (
-        not hasattr(libc, "fstatfs")
-        or libc.fstatfs(descriptor, answer)
-        or answer[0] not in _TAKE_DIRECT_WRITES
-    ):
-        return -1
-    if size:
-        os.posix_fallocate(descriptor, 0, size)  # direct writes into holes wait for each other
-    try:
-        return os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except OSError:
-        return -1
-
-
-def _address(data: memoryview) -> int:
-    if data.readonly:
-        return 1  # ctypes does not tell; it is no large piece
-    return ctypes.addressof(ctypes.c_char.from_buffer(data))
 
 
 def keep_pace(descriptor: int) -> None:

@@ -515,7 +515,7 @@ def slow_disk(tmp_path: Path) -> Iterator[str]:
     ("writes", "operation", "number"),
     [
         # The page cache's backlog is made small, as the checkpoint is.
-        ("fp8lib.writer._TAKE_DIRECT_WRITES = {}; fp8lib.writer._BACKLOG = 2_000_000", "fsync", 1),
+        ("fp8lib.direct._FILE_SYSTEMS = {}; fp8lib.writer._BACKLOG = 2_000_000", "fsync", 1),
         ("pass", "pwrite", 300),
     ],
     ids=["through the page cache", "directly"],
@@ -533,7 +533,7 @@ def term():
     os.kill(os.getpid(), signal.SIGTERM)
 threading.Timer(0.2, term).start()  # when it waits already
 """
-    before = f"{slow_disk}; import fp8lib.writer; {writes}"
+    before = f"{slow_disk}; import fp8lib.direct, fp8lib.writer; {writes}"
     ended = quantize(source, output, before=before, at=At(operation, number, ".safetensors", term))
     assert ended.rc == 128 + signal.SIGTERM
     assert time.time() - (tmp_path / "when").stat().st_mtime < 2

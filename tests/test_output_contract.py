@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fp8lib import __version__, writer
+from fp8lib import __version__, direct, writer
 from fp8lib.checkpoint import open_checkpoint
 from fp8lib.modes import MODES, Calibration
 from fp8lib.pipeline import Settings, divide, process
@@ -338,8 +338,7 @@ def test_direct_writes_make_the_same_files(
     counts = {"direct": 0, "all": 0}
 
     def write_at(fd: int, offset: int, data: bytes | memoryview, path: Path) -> None:
-        direct = bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)
-        counts["direct"] += len(data) * direct
+        counts["direct"] += len(data) * bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)
         counts["all"] += len(data) * path.name.endswith(".safetensors")
         plain_write_at(fd, offset, data, path)
 
@@ -349,7 +348,7 @@ def test_direct_writes_make_the_same_files(
     assert cli(*arguments, tmp_path / "direct").rc == 0
     share = counts["direct"] / counts["all"]
     with monkeypatch.context() as patch:
-        patch.setattr(writer, "_TAKE_DIRECT_WRITES", set())
+        patch.setattr(direct, "_FILE_SYSTEMS", set())
         assert cli(*arguments, tmp_path / "cached").rc == 0
     assert files(tmp_path / "direct") == files(tmp_path / "cached")
     if share == 0:
