@@ -61,14 +61,18 @@ def measure(weights: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) ->
     original = weights.float()
     restored = dequantize(codes, scales)
     difference = restored - original
-    absolute = difference.abs()
-    amax, max_abs = original.abs().max(), absolute.max()
+    amax, max_abs = _largest(original), _largest(difference)
     if not _FLOAT32_SQUARES[0] < amax < _FLOAT32_SQUARES[1]:
         original, restored, difference = original.double(), restored.double(), difference.double()
-        absolute = difference.abs()
     sums = [t.mul(t).sum().double() for t in (original, restored, difference)]
-    values = torch.stack([*sums, absolute.sum().double(), max_abs.double(), amax.double()])
+    values = torch.stack([*sums, difference.abs_().sum().double(), max_abs.double(), amax.double()])
     return Errors(weights.numel(), *values.tolist())
+
+
+def _largest(values: torch.Tensor) -> torch.Tensor:
+    """Largest magnitude, NaN if there is one."""
+    least, most = values.aminmax()
+    return torch.maximum(-least, most)
 
 
 def combine(name: str, pieces: Sequence[Errors]) -> Measurement:

@@ -235,3 +235,21 @@ def test_cuda_gives_the_same_bytes(saturate: bool):
     assert torch.equal(here.view(torch.uint8), there.view(torch.uint8))
     restored = e4m3.dequantize(there.cuda(), scales.cuda()).cpu()
     assert torch.equal(e4m3.dequantize(here, scales).nan_to_num(-1), restored.nan_to_num(-1))
+
+
+# --- decoding ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nan", [False, True])
+def test_every_code_decodes_to_what_torch_makes_of_it(nan: bool) -> None:
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    if not nan:
+        codes = codes[~codes.float().isnan()]
+    found, expected = e4m3.decode(codes), codes.float()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    zeros = expected == 0
+    assert torch.equal(found[zeros].signbit(), expected[zeros].signbit())  # there is a -0.0
+
+
+def test_decoding_nothing_gives_nothing() -> None:
+    assert e4m3.decode(torch.empty(0, 128, dtype=torch.float8_e4m3fn)).shape == (0, 128)
