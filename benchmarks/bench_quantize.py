@@ -12,6 +12,7 @@ that none always runs behind the same other. Medians are printed.
 """
 
 import argparse
+import json
 import multiprocessing
 import os
 import shutil
@@ -26,13 +27,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checkpoints
 import machine
+from fp8lib.checkpoint import open_checkpoint
+from fp8lib.plan import make_plan
 
 QUANTIZE = Path(__file__).resolve().parent.parent / "quantize_fp8.py"
 PEER = """
-import sys
+import json, sys
 from llmcompressor import model_free_ptq
 model_free_ptq(model_stub=sys.argv[1], save_directory=sys.argv[2], scheme="FP8_BLOCK",
-               ignore=["lm_head", "re:.*embed_tokens", "re:.*mlp.gate$", "re:.*visual.*"], device=sys.argv[3])
+               ignore=json.loads(sys.argv[3]), device=sys.argv[4], max_workers=int(sys.argv[5]))
 """
 
 
@@ -84,7 +87,11 @@ def _modes(flags: argparse.Namespace, shape: checkpoints.Shape, hardware: list[s
         commands[f"torchrun, {ranks} ranks, --version"] = [*torchrun, *command, "--version"]
     if flags.peer:
         device = "cpu" if flags.device == "auto" else flags.device
-        commands["llm-compressor"] = [sys.executable, "-c", PEER, str(source), str(output), device]
+        # It keeps what this tool keeps, and fused experts beside: it quantizes matrices only.
+        kept = make_plan(open_checkpoint(source)).config()["quantization_config"]["modules_to_not_convert"]
+        workers = str(flags.workers or len(os.sched_getaffinity(0)))
+        arguments = [str(source), str(output), json.dumps(kept), device, workers]
+        commands["llm-compressor"] = [sys.executable, "-c", PEER, *arguments]
     return _compare(flags, source, commands, checkpoints.parameters(shape))
 
 
@@ -158,7 +165,8 @@ def _time(command: list[str]) -> tuple[float, float, int]:
     _, status, usage = os.wait4(process.pid, 0)
     wall = time.perf_counter() - start
     process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode not in (0, 1):  # 1: the verdict is FAIL, as it must be for `percentile`
+    # 1: the verdict is FAIL, as it must be for `percentile`; torchrun and others mean an error by it.
+    if process.returncode not in (0, 1) or (process.returncode and str(QUANTIZE) != command[1]):
         raise SystemExit(f"exit code {process.returncode}: {' '.join(command)}")
     return wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss << 10
 
