@@ -31,6 +31,7 @@ import io
 import json
 import os
 import re
+import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -73,6 +74,16 @@ def without_prefix(name: str) -> str:
 def canonical(name: str) -> str:
     """A tensor's name without the prefix that loaders disagree about and without `.weight`."""
     return without_prefix(name.removesuffix(".weight"))
+
+
+def looks_like_statistics(path: Path) -> bool:
+    """Whether an existing file is empty or begins as a statistics file does, whoever wrote it."""
+    try:
+        with open_regular(path) as file:
+            beginning = file.read(1 << 16)
+    except (Fp8Error, OSError):
+        return False
+    return not beginning or b"input_channel_" in beginning
 
 
 # --- reading -----------------------------------------------------------------------------------
@@ -349,7 +360,8 @@ class StatisticsWriter(AbstractContextManager):
         kind = _SafetensorsForm if path.suffix == ".safetensors" else _JsonForm
         self._form = kind([w for w in weights if not self._leaves_out(w[0])], provenance)
         self._end = len(self._form.beginning)
-        self._writer = ShardWriter(path, self._form.beginning, self._end)
+        own = f"{path.name}.{uuid.uuid4().hex[:8]}"  # two runs with one --output: the last one's file stays
+        self._writer = ShardWriter(path, self._form.beginning, self._end, name=own)
 
     def _leaves_out(self, name: str) -> bool:
         part = one_expert_part(name) if self._thin else None

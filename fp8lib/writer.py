@@ -39,14 +39,17 @@ class ShardWriter:
         header: the file's first bytes.
         size: length of the complete file.
         shared: other processes write other parts of the same file; leave what they wrote.
+        name: of the temporary file's own, where others may be writing a file of the same name.
 
     Raises:
         Fp8Error: the file cannot be created or there is no room for it; so do the methods.
     """
 
-    def __init__(self, path: Path, header: bytes, size: int, *, shared: bool = False) -> None:
+    def __init__(
+        self, path: Path, header: bytes, size: int, *, shared: bool = False, name: str | None = None
+    ) -> None:
         self.path = path
-        self.partial = partial_path(path)
+        self.partial = partial_path(path.with_name(name) if name else path)
         self._fd = self._direct = -1
         self._handed_over = False
         self._unsent = 0

@@ -167,3 +167,19 @@ def test_without_a_commit_there_is_no_file(tmp_path):
     with StatisticsWriter(tmp_path / "calib.json", [(NAMES[0], 256)], PROVENANCE) as writer:
         writer.add(NAMES[0], some_entries()[NAMES[0]])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("suffix", stats.SUFFIXES)
+def test_two_runs_that_write_the_same_file_leave_one_of_theirs(tmp_path, suffix):
+    path, entries = tmp_path / f"calib{suffix}", some_entries()
+    write_statistics(path, entries, {"run": 1})
+    expected = path.read_bytes()
+    weights = [(name, 256) for name in entries]
+    with StatisticsWriter(path, weights, {"run": 1}) as one, StatisticsWriter(path, weights, {}) as other:
+        for name, entry in entries.items():
+            one.add(name, entry)
+            other.add(name, entry)
+        other.commit()
+        one.commit()
+    assert path.read_bytes() == expected
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]

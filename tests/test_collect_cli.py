@@ -171,6 +171,19 @@ def test_both_modes_write_the_same_numbers(checkpoint, prompts, tmp_path, call):
         torch.testing.assert_close(one[name], other[name], rtol=1e-6, atol=0, msg=name)
 
 
+@pytest.mark.parametrize("suffix", [".json", ".safetensors"])
+def test_earlier_statistics_are_replaced(checkpoint, prompts, tmp_path, call, suffix):
+    output = tmp_path / f"s{suffix}"
+    output.touch()  # as mktemp leaves it
+    given = ["--model_dir", checkpoint("text", tokenizer=True), "--output", output, "--layerwise"]
+    given += ["--prompts_file", prompts]
+    assert call(*given, "--batch_size", 1)[0] == 0
+    first = output.read_bytes()
+    output.write_bytes(first + b" ")
+    assert call(*given, "--batch_size", 1)[0] == 0
+    assert output.read_bytes() == first
+
+
 def test_the_summary_tells_how_well_experts_were_covered(checkpoint, prompts, tmp_path, call, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("model").symlink_to(checkpoint("moe", tokenizer=True))
@@ -313,6 +326,8 @@ def _one_line(code: int, out: str, err: str, complaint: str) -> None:
         (["--output", "s.bin"], "s.bin: unknown suffix; name the file *.json or *.safetensors"),
         (["--output", "missing/s.json"], "missing: no such directory; make it first"),
         (["--output", "folder.json"], "folder.json: is a directory; name a file in it"),
+        (["--output", "index.json"], "index.json: exists and is no statistics file; choose another name"),
+        (["--output", "pipe.json"], "pipe.json: exists and is no statistics file; choose another name"),
         (["--prompts_file", "empty.txt"], "empty.txt: holds no prompt"),
         (["--prompts_file", "broken.jsonl"], "broken.jsonl, line 2: not valid JSON"),
         (["--prompts_file", "none.txt"], "none.txt: cannot be read (No such file or directory)"),
@@ -326,6 +341,8 @@ def test_what_flags_name_is_checked_before_the_model_is_loaded(
 ):
     monkeypatch.chdir(tmp_path)
     Path("folder.json").mkdir()
+    Path("index.json").write_text('{"metadata": {}, "weight_map": {}}')
+    os.mkfifo("pipe.json")
     Path("empty.txt").write_text("\n")
     Path("broken.jsonl").write_text('{"prompt": "a"}\n{')
     monkeypatch.setattr(whole_model, "load", lambda *_: pytest.fail("loaded"))

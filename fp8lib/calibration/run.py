@@ -31,7 +31,7 @@ from fp8lib.checkpoint import Checkpoint, open_checkpoint, printable
 from fp8lib.plan import Plan, make_plan
 from fp8lib.ranks import Ranks
 from fp8lib.report import Printer, size
-from fp8lib.stats import SUFFIXES, StatisticsWriter, without_prefix
+from fp8lib.stats import SUFFIXES, StatisticsWriter, looks_like_statistics, without_prefix
 from fp8lib.writer import partial_path, refusing_disk_errors
 
 if TYPE_CHECKING:  # most refusals need no library, and come faster without
@@ -190,7 +190,7 @@ def _check_agreement(options: Options, plan: Plan, ids: list[list[int]], ranks: 
 
 
 def _check_output(path: Path) -> None:
-    """Refuse an output file that could not be written at the end of a long run."""
+    """Refuse an output file that could not be written at the end of a long run, or that replaces another."""
     shown = printable(path)
     if path.suffix not in SUFFIXES:
         raise Fp8Error(f"{shown}: unknown suffix; name the file *.json or *.safetensors")
@@ -198,6 +198,8 @@ def _check_output(path: Path) -> None:
         raise Fp8Error(f"{shown}: is a directory; name a file in it")
     if not path.parent.is_dir():
         raise Fp8Error(f"{printable(path.parent)}: no such directory; make it first, or check --output")
+    if path.exists() and not looks_like_statistics(path):
+        raise Fp8Error(f"{shown}: exists and is no statistics file; choose another name, or remove it")
     probe = partial_path(path)
     try:
         with refusing_disk_errors(path):
