@@ -26,6 +26,8 @@ experts' up_proj entries are not written (gate_proj speaks for them), nor, in JS
 JSON for the 35B (measured; 0.22 GB as safetensors) and 1.3 GB of safetensors for the 397B.
 """
 
+import fcntl
+import glob
 import hashlib
 import io
 import json
@@ -33,7 +35,7 @@ import os
 import re
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -360,8 +362,11 @@ class StatisticsWriter(AbstractContextManager):
         kind = _SafetensorsForm if path.suffix == ".safetensors" else _JsonForm
         self._form = kind([w for w in weights if not self._leaves_out(w[0])], provenance)
         self._end = len(self._form.beginning)
+        _remove_abandoned(path)
         own = f"{path.name}.{uuid.uuid4().hex[:8]}"  # two runs with one --output: the last one's file stays
         self._writer = ShardWriter(path, self._form.beginning, self._end, name=own)
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(self._writer.fileno(), fcntl.LOCK_EX)
 
     def _leaves_out(self, name: str) -> bool:
         part = one_expert_part(name) if self._thin else None
@@ -383,6 +388,14 @@ class StatisticsWriter(AbstractContextManager):
 
     def __exit__(self, *_: object) -> None:
         self._writer.abandon()
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove temporary files of runs that were killed; a living one's is locked."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.partial"):
+        with suppress(OSError), left.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            left.unlink()
 
 
 class _JsonForm:

@@ -69,6 +69,10 @@ class ShardWriter:
             self.abandon()
             raise
 
+    def fileno(self) -> int:
+        """The temporary file's descriptor."""
+        return self._fd
+
     def write(self, offset: int, data: bytes | memoryview) -> None:
         """Write all of `data` at `offset`."""
         data = memoryview(data)

@@ -169,6 +169,15 @@ def test_without_a_commit_there_is_no_file(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_killed_run_left_is_removed(tmp_path):
+    path = tmp_path / "calib.json"
+    (tmp_path / ".calib.json.0123abcd.partial").write_text("half")
+    other = tmp_path / ".calib.json.backup.partial"
+    other.write_text("not ours")
+    write_statistics(path, some_entries(), PROVENANCE)
+    assert sorted(tmp_path.iterdir()) == [other, path]
+
+
 @pytest.mark.parametrize("suffix", stats.SUFFIXES)
 def test_two_runs_that_write_the_same_file_leave_one_of_theirs(tmp_path, suffix):
     path, entries = tmp_path / f"calib{suffix}", some_entries()
