@@ -41,7 +41,8 @@ def expand_columns(per_block: torch.Tensor, columns: int) -> torch.Tensor:
     An expanded row multiplies a [Rb, 128, columns] view at full memory speed; a 4-D broadcast of the
     scales does not.
     """
-    return per_block.float().repeat_interleave(BLOCK, dim=1)[:, :columns].unsqueeze(1)
+    expanded = per_block.float().repeat_interleave(BLOCK, dim=1).unsqueeze(1)
+    return expanded if columns % BLOCK == 0 else expanded[..., :columns]
 
 
 def _apply_per_block(values: torch.Tensor, per_block: torch.Tensor, op) -> torch.Tensor:

@@ -51,6 +51,11 @@ class Calibration:
         )
 
     @property
+    def may_clip(self) -> bool:
+        """Whether a block can be clipped; `mse` does where that gives the least error."""
+        return self.clips or self.mode == "mse"
+
+    @property
     def uses_activations(self) -> bool:
         """Whether activation statistics change the outcome."""
         return self.mode in ("rms", "mse")

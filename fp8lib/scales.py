@@ -35,7 +35,6 @@ import torch
 
 from fp8lib.e4m3 import (
     MAX,
-    MAX_ROUNDS_TO_MAX,
     SCALE_DTYPE,
     SMALLEST_SCALE,
     expand_columns,
@@ -45,12 +44,19 @@ from fp8lib.modes import PHASES, Calibration
 from fp8lib.rules import BLOCK, blocks
 
 _BF16_MAGNITUDE = 0x7FFF
+_BF16_EXPONENT = 0x7F80
 _WINDOW = 16
 _BINS = _WINDOW * PHASES
 """Octaves of the fast histogram; row 15 is the octave of the block's largest weight."""
+_GROUP = 2**15 // _BINS
+"""Blocks that are counted at a time on a CPU."""
+_SMALLEST_AMAX = 2.0 ** (_WINDOW - 127)
+"""Below it the window reaches into the subnormal numbers of BF16."""
 _SUBNORMAL_ROWS = 3
 """Rows 0..2, 13 octaves down and lower, may be subnormal: 2^-12 * amax vs 2 * amax/448 * 2^-6."""
-_SUBNORMAL_ERROR = 2.0**-32
+_SUBNORMAL_ERROR = 2.0**14
+"""Most that a subnormal weight adds to h @ T: (2^-16)^2 of a block whose top octave begins at 1, in units
+of 4^-12 (the lowest row of h) times 2^-22 (the square of a sixteenth of 2^-7)."""
 _NEGLIGIBLE = 5e-4
 """Share of the loss below which subnormal weights are left out; the search promises 1e-3."""
 _ROUNDED_AWAY = 2.0**31
@@ -75,9 +81,8 @@ def quantize_blocks(
         (float8_e4m3fn [rows, columns], bfloat16 [ceil(rows/128), ceil(columns/128)]). A block that
         holds NaN or infinity gets a scale that is not finite: check the scales, not the weights.
     """
-    scales, amax = block_scales(weights, calibration, activation)
-    saturate = bool((amax > MAX_ROUNDS_TO_MAX * scales).any())
-    return quantize(weights, scales, saturate=saturate), scales
+    scales, _ = block_scales(weights, calibration, activation)
+    return quantize(weights, scales, saturate=calibration.may_clip), scales
 
 
 def block_scales(
@@ -136,7 +141,7 @@ def _divide(values: torch.Tensor, divisor: float) -> torch.Tensor:
 
 def _codes(weights: torch.Tensor) -> torch.Tensor:
     """|w| as BF16 bit patterns, int16 in the order of magnitude; F16 and F32 at their nearest BF16."""
-    return weights.to(torch.bfloat16).view(torch.int16) & _BF16_MAGNITUDE
+    return weights.bfloat16().view(torch.int16) & _BF16_MAGNITUDE
 
 
 def _blocked(values: torch.Tensor) -> torch.Tensor:
@@ -163,9 +168,11 @@ def _power_of_two(exponent: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return ((exponent.to(torch.int64) + 1023) << 52).view(dtype)
 
 
-def _floor_log2(values: torch.Tensor) -> torch.Tensor:
-    """Exponent of each value, int32; clamped to [-126, 127] so that 2^it is a normal float32."""
-    return (torch.frexp(values).exponent - 1).clamp(-126, 127)
+def _leading_power(values: torch.Tensor) -> torch.Tensor:
+    """Largest power of two not above each value >= 0; 0 below the smallest normal number, infinity for NaN."""
+    if values.dtype == torch.float32:
+        return (values.view(torch.int32) & 0x7F800000).view(torch.float32)
+    return (values.view(torch.int64) & 0x7FF0000000000000).view(torch.float64)
 
 
 def _pairwise_sum(values: torch.Tensor, dim: int) -> torch.Tensor:
@@ -174,10 +181,9 @@ def _pairwise_sum(values: torch.Tensor, dim: int) -> torch.Tensor:
     A tree of elementwise additions: the same result on every device, thread count and piece size,
     which `Tensor.sum` does not promise.
     """
-    length = values.shape[dim]
-    while length > 1:
-        length //= 2
-        values = values.narrow(dim, 0, length).add_(values.narrow(dim, length, length))
+    while (length := values.shape[dim]) > 1:
+        low, high = values.split(length // 2, dim)
+        values = low.add_(high)
     return values.squeeze(dim)
 
 
@@ -195,7 +201,7 @@ def _rms_scales(
     row_blocks, columns = weights.shape[0] // BLOCK, weights.shape[1]
     rows_in_block, columns_in_block = sizes
     # Squares of weights below 2^-63 or above 2^63 leave float32, so measure in units of 2^unit.
-    unit = _power_of_two(_floor_log2(amax), torch.float32)
+    unit = _leading_power(amax).clamp_(SMALLEST_SCALE, 2.0**127)
     squares = weights.to(torch.float32, copy=True).view(row_blocks, BLOCK, columns)
     squares.div_(expand_columns(unit, columns))
     squares.mul_(squares)
@@ -262,7 +268,8 @@ def _phases(grid_size: int) -> list[int]:
 
 @cache
 def _mantissas(grid_size: int, device: torch.device) -> torch.Tensor:
-    return torch.tensor(_phases(grid_size), device=device)
+    """The phases as numbers in [1, 2), float32 [P]."""
+    return torch.tensor(_phases(grid_size), dtype=torch.float32).div(PHASES).to(device)
 
 
 @cache
@@ -279,22 +286,6 @@ def _error_table(grid_size: int, device: torch.device) -> torch.Tensor:
     return (16 * m - p * sixteenths).square().to(device)
 
 
-@cache
-def _octave_energy(device: torch.device) -> torch.Tensor:
-    """4^octave of each row of the histogram, relative to the top row's; 0 for rows that may be subnormal."""
-    octave = torch.arange(_WINDOW) - (_WINDOW - 1)
-    energy = _power_of_two(2 * octave, torch.float64)
-    energy[:_SUBNORMAL_ROWS] = 0
-    return energy[:, None].to(device)
-
-
-@lru_cache(maxsize=64)
-def _block_offsets(row_blocks: int, column_blocks: int, device: torch.device) -> torch.Tensor:
-    """Where each block's histogram begins, int32 [Rb, 1, columns]."""
-    offset = torch.arange(row_blocks * column_blocks, dtype=torch.int32) * _BINS
-    return offset.view(row_blocks, -1).repeat_interleave(BLOCK, 1).unsqueeze(1).to(device)
-
-
 def _mse_scales(
     weights: torch.Tensor,
     codes: torch.Tensor,
@@ -303,43 +294,91 @@ def _mse_scales(
     activation: torch.Tensor | None,
 ) -> torch.Tensor:
     """Least-squares BF16 scale per block, float32 [Rb, Cb]. See the module's docstring."""
-    rows, columns = weights.shape
     shape, device = amax.shape, weights.device
-    top = torch.where(amax.isfinite(), amax.bfloat16().view(torch.int16), _BF16_MAGNITUDE)
-    exponent = top >> 7  # biased
-    base = (exponent - (_WINDOW - 1)) << 7
-    relative = codes.view(shape[0], BLOCK, columns) - base.repeat_interleave(BLOCK, 1).unsqueeze(1)
-    index = relative.clamp_(min=0).to(torch.int32)
-    index.add_(_block_offsets(*shape, device))
-    spread = faint = None
+    top = amax.bfloat16().view(torch.int16)[:, :, None, None]
+    importance = faint = None
     if activation is not None:
         activation = _per_block_column(activation)
         importance, faint = _as_integers(activation)
-        spread = importance.view(1, -1).expand(rows, columns).reshape(-1)
-    counts = torch.bincount(index.view(-1), spread, minlength=shape.numel() * _BINS)
-    counts = counts.view(-1, _WINDOW, PHASES)
-    h = _pairwise_sum(counts * _octave_energy(device), dim=1)
+    h, subnormal = _histograms(codes, (top & _BF16_EXPONENT) - ((_WINDOW - 1) << 7), importance)
     # 2^29 per bin, so that sums of 128 products with T < 2^16 stay below 2^53: exact in any order.
-    unit = _power_of_two(torch.frexp(h.amax(dim=1, keepdim=True)).exponent - 29, torch.float64)
-    losses = torch.round(h / unit) @ _error_table(grid_size, device)
-    least, phase = losses.min(dim=1)
-    mantissa = _mantissas(grid_size, device)[phase].view(shape)
-    scales = _smallest_unclipped(mantissa, amax)
+    unit = _leading_power(h.amax(dim=1, keepdim=True)).mul_(2.0**-28)
+    losses = h.div_(unit).round_() @ _error_table(grid_size, device)
+    least, phase = losses.min(dim=1, keepdim=True)
+    scales = _smallest_unclipped(_mantissas(grid_size, device)[phase].view(shape), amax)
 
-    subnormal = counts[:, :_SUBNORMAL_ROWS].sum(dim=(1, 2))  # integers: exact in any order
-    uncertain = least < _ROUNDED_AWAY
-    least = least * unit.squeeze(1) * 2.0**-22  # (1/16 of a mantissa unit of 2^-7) squared
-    uncertain |= subnormal * _SUBNORMAL_ERROR > _NEGLIGIBLE * least
-    uncertain = uncertain.view(shape) | (exponent < _WINDOW)
+    doubt = (subnormal * (_SUBNORMAL_ERROR / _NEGLIGIBLE)).div_(unit).clamp_(min=_ROUNDED_AWAY)
+    # NaN, where no channel that matters has a weight above the lowest rows, is not certain either.
+    certain = (least >= doubt).view(shape) & (amax >= _SMALLEST_AMAX)
     if faint is not None:
-        uncertain |= faint
-    uncertain &= amax.isfinite() & (amax > 0)
-    if uncertain.any():
+        certain &= ~faint
+    if not certain.all():
+        uncertain = ~certain & amax.isfinite() & (amax > 0)
         blocked = _blocked(weights)[uncertain]
         if activation is not None:
             activation = activation.expand(shape[0], -1, -1)[uncertain]
         scales[uncertain] = _exact_search(blocked, amax[uncertain], grid_size, activation)
     return scales
+
+
+@cache
+def _octave_shifts(device: torch.device) -> torch.Tensor:
+    """log2 of 4^octave, int64 [octaves that cannot be subnormal, 1]."""
+    return 2 * torch.arange(_WINDOW - _SUBNORMAL_ROWS)[:, None].to(device)
+
+
+@lru_cache(maxsize=64)
+def _bin_offsets(
+    row_blocks: int, column_blocks: int, group: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Where each block's histogram begins in that of its group, [Rb, Cb, 1, 1]."""
+    block = torch.arange(row_blocks * column_blocks, dtype=dtype)
+    return (block % group * _BINS).view(row_blocks, column_blocks, 1, 1).to(device)
+
+
+def _histograms(
+    codes: torch.Tensor, base: torch.Tensor, importance: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Energy of each mantissa in each block, and what cannot be told by it.
+
+    Counting is half of what `mse` costs beside `max`. On a CPU a block's bins must stay in the innermost
+    cache, so blocks are counted one after the other; few enough at a time that the index fits 16 bits.
+
+    Args:
+        codes: int16 [rows, columns], from `_codes`.
+        base: int16 [Rb, Cb, 1, 1], where each block's window begins.
+        importance: float64 [Cb, 128], integers; None for 1.
+
+    Returns:
+        (float64 [Rb * Cb, 128]: h of the module's docstring, in units of row _SUBNORMAL_ROWS;
+        [Rb * Cb, 1]: count of the weights, or sum of the importances, that may be subnormal).
+    """
+    row_blocks, column_blocks = base.shape[:2]
+    count, device = base.numel(), codes.device
+    group, dtype = (count, torch.int32) if codes.is_cuda else (_GROUP, torch.int16)
+    index = torch.empty(row_blocks, column_blocks, BLOCK, BLOCK, dtype=dtype, device=device)
+    split = codes.view(row_blocks, BLOCK, column_blocks, BLOCK).transpose(1, 2)
+    torch.maximum(split, base, out=index)
+    index.sub_(base - _bin_offsets(row_blocks, column_blocks, group, dtype, device))
+    parts = index.view(-1).split(group * BLOCK * BLOCK)
+    spread = [None] * len(parts)
+    if importance is not None:
+        columns = importance.unsqueeze(1).expand(-1, BLOCK, -1).repeat(row_blocks, 1, 1)
+        spread = columns.view(-1).split(group * BLOCK * BLOCK)
+    counts = [
+        torch.bincount(part, weight, minlength=len(part) // BLOCK // BLOCK * _BINS)
+        for part, weight in zip(parts, spread, strict=True)
+    ]
+    counts = torch.cat(counts).view(count, _WINDOW, PHASES)
+    subnormal = counts[:, :_SUBNORMAL_ROWS].sum(dim=(1, 2)).unsqueeze(1)
+    octaves = counts[:, _SUBNORMAL_ROWS:]
+    if importance is None:  # integers: exact in any order
+        return (octaves << _octave_shifts(device)).sum(dim=1).double(), subnormal
+    # Rounded, so one octave after the other, in an order that nothing can change.
+    h = torch.zeros(count, PHASES, dtype=torch.float64, device=device)
+    for octave, sums in enumerate(octaves.unbind(dim=1)):
+        h.add_(sums, alpha=4.0**octave)
+    return h, subnormal
 
 
 def _per_block_column(activation: torch.Tensor) -> torch.Tensor:
@@ -364,9 +403,10 @@ def _as_integers(activation: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _smallest_unclipped(mantissa: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
-    """Smallest scale mantissa/128 * 2^k that takes amax to 448 or below, float32."""
-    start = _power_of_two(_floor_log2(_divide(amax, MAX)), torch.float32)
-    scales = mantissa.float() / PHASES * start
+    """Smallest scale mantissa * 2^k that takes amax to 448 or below, float32; mantissas in [1, 2)."""
+    # Whether the quotient is an ulp off does not matter: below a power of two the comparison doubles, and
+    # above it no mantissa would do in the octave below.
+    scales = mantissa * _leading_power(amax * (1 / MAX))
     return torch.where(MAX * scales < amax, 2 * scales, scales)
 
 
@@ -409,7 +449,7 @@ def _exact_search(
     device = blocked.device
     candidates, table = _exact_candidates(grid_size, device), _exact_table(grid_size, device)
     bins = table.shape[0]
-    unit = _power_of_two(_floor_log2(amax), torch.float32)
+    unit = _leading_power(amax).clamp_(SMALLEST_SCALE, 2.0**127)
     top = amax / unit  # [1, 2)
     allowed = (candidates >= _divide(top, 2 * MAX)[:, None]) & (candidates < _divide(top, MAX / 2)[:, None])
     chosen = torch.empty_like(amax)

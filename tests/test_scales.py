@@ -401,6 +401,14 @@ def test_mse_clips_an_outlier_in_a_channel_that_hardly_matters():
     assert_searched(weights, a)
 
 
+@pytest.mark.parametrize("others", [0.0, 1e-30, 1e-9])
+def test_mse_serves_the_only_channel_that_matters_however_small_its_weights(others: float):
+    weights, a = gaussian((128, 128)).bfloat16(), torch.full((128,), others)
+    weights[:, 3] *= 2**-16
+    a[3] = 1
+    assert_searched(weights, a)
+
+
 @pytest.mark.parametrize("statistics", STATISTICS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_mse_scale_stays_between_half_and_twice_the_max_scale(family: str, statistics: str):
