@@ -54,7 +54,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--device", default="auto", help="auto, cpu, cuda or cuda:N (auto: CUDA when there is one)"
     )
-    group.add_argument("--workers", type=int, default=0, metavar="N", help="worker threads (cores + 1)")
+    group.add_argument("--workers", type=int, default=0, metavar="N", help="worker threads (one per core)")
 
     group = parser.add_argument_group("verification")
     group.add_argument(

@@ -38,9 +38,9 @@ def choose_device(name: str, local_rank: int = 0, flag: str = "--device") -> tor
 
 
 def default_workers(device: torch.device, local_ranks: int = 1) -> int:
-    """One more than there are cores, so that one may wait for the disk; on CUDA what keeps a device busy."""
+    """As many as there are cores; on CUDA what keeps a device busy."""
     cores = cores_of_rank(local_ranks)
-    return min(cores, 4) if device.type == "cuda" else cores + 1
+    return min(cores, 4) if device.type == "cuda" else cores
 
 
 def cores_of_rank(local_ranks: int) -> int:

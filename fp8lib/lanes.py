@@ -1,10 +1,14 @@
-"""What a worker thread works with: files to read from, host buffers, a device and a stream on it."""
+"""What a worker thread works with: files to read from, host buffers, a device and a stream on it, and a
+thread that writes behind it."""
 
 import ctypes
 import mmap
 import os
 import threading
-from contextlib import suppress
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -12,6 +16,9 @@ import torch
 from fp8lib import Fp8Error
 from fp8lib.checkpoint import printable
 from fp8lib.direct import open_direct, takes_direct, whole_pages
+
+_OUTPUTS = 3
+"""Sets of output buffers of a lane: one is filled, one written, and one waits for when the disk is slow."""
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 """Torch's dtype for the dtypes that weights and scales may have."""
@@ -79,12 +86,19 @@ class Files:
 
 
 class Lane:
-    """One worker thread's buffers and stream; nothing in it is shared."""
+    """One worker thread's buffers and stream; nothing in it is shared.
+
+    Writing waits for the disk, which no worker should. So a lane has a second thread that does nothing
+    else, and several sets of output buffers.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._buffers: dict[str, torch.Tensor] = {}
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="writer")
+        self._writes: deque[Future] = deque()
+        self._output = 0
 
     def host(self, name: str, nbytes: int) -> torch.Tensor:
         """A uint8 host buffer of this length, valid until the name is asked for again.
@@ -123,6 +137,29 @@ class Lane:
         """Wait for everything queued in the lane's stream."""
         if self.stream is not None:
             self.stream.synchronize()
+
+    def as_current(self) -> AbstractContextManager:
+        """Within it, kernels go to the lane's stream."""
+        return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
+
+    def next_output(self) -> int:
+        """Number of the set of output buffers to fill next, waiting until it is written.
+
+        What is in its buffers may be overwritten once this is called again for every other set.
+        """
+        while len(self._writes) >= _OUTPUTS - 1:
+            wait([self._writes.popleft()])
+        self._output = (self._output + 1) % _OUTPUTS
+        return self._output
+
+    def write_behind(self, function: Callable, *arguments: object) -> Future:
+        """Call a function that writes what is in the set of output buffers, in the lane's second thread."""
+        self._writes.append(self._writer.submit(function, *arguments))
+        return self._writes[-1]
+
+    def stop(self) -> None:
+        """Let the write under way end and drop the rest."""
+        self._writer.shutdown(wait=True, cancel_futures=True)
 
 
 def as_bytes(host: torch.Tensor) -> memoryview:

@@ -1,15 +1,15 @@
 """read -> quantize -> write, in bounded pieces, overlapped.
 
-A piece is a few hundred rows of one matrix, always whole rows of blocks. Each worker thread takes a
-piece through all its steps: `pread` into its own buffer, the kernels, `pwrite` at the offsets the plan
-gave. Threads are enough, because reading, torch's kernels and writing all release the interpreter lock;
-while one waits for the disk another computes. On CUDA each worker has its own stream and pinned buffers,
-so that copies in both directions overlap with kernels.
+A piece is a few hundred rows of one matrix, always whole rows of blocks. A worker thread takes a piece
+through its steps: `pread` into its own buffer, the kernels, and, in a second thread of the worker's lane,
+`pwrite` at the offsets the plan gave, while the worker is at its next piece. Threads are enough, because
+reading, torch's kernels and writing all release the interpreter lock. On CUDA each worker has its own
+stream and pinned buffers, so that copies in both directions overlap with kernels.
 
 Memory is workers x piece, whatever the size of a tensor or a shard. Nothing a worker computes depends on
 another piece, so neither the number of workers nor the size of a piece can change a byte.
 
-The calling thread hands out pieces in order, at most two per worker ahead, and is the only one that
+The calling thread hands out pieces in order, a few per worker ahead, and is the only one that
 touches progress, results and shards' beginnings and ends. Waiting for the disk to make a finished shard
 durable is left to a thread of its own; meanwhile the next shard is under way.
 """
@@ -46,6 +46,8 @@ VERIFY_PIECE = 512 * 1024
 """Weights in a piece of verification; the same everywhere, because sums of floats depend on it."""
 _COPY_PIECE = 4 * 1024 * 1024
 _PAIRS_PER_CHECK = 64
+_IN_FLIGHT = 4
+"""Pieces per worker that are handed out and not settled: computed, written, and two more."""
 _UNITS_PER_RANK = 20
 """With 64 ranks the busiest has 5 % more than the mean then, 8 % with 10 (benchmarks/scale.py)."""
 _SMALLEST_UNIT = 16 * 1024 * 1024
@@ -63,7 +65,7 @@ class Settings:
         calibration: how scales are chosen.
         statistics: activation statistics, or None.
         device: where kernels run.
-        workers: worker threads.
+        workers: worker threads; each has one more that writes.
         verify_samples: matrices per shard to measure; None for all of them.
         verify: False skips verification altogether.
         seed: of the sample.
@@ -248,9 +250,9 @@ class _Job:
     def quantization(self, on_bytes: Callable[[str, int], None]) -> Iterator[Task]:
         """This unit's pieces, one task each."""
 
-        def settle(outcome: tuple[int, list[tuple[int, bytes]]]) -> None:
+        def settle(outcome: tuple[int, Future]) -> None:
             count, written = outcome
-            for start, data in written:
+            for start, data in written.result():
                 self.digest.add(start, data)
             on_bytes(self.name, count)
 
@@ -264,8 +266,8 @@ class _Job:
             self.writer.write(start, data)
         return [(start, bytes(data)) for start, data in chunks] if self.digest else []
 
-    def _quantize(self, lane: Lane, matrix: Matrix, first: int, last: int) -> tuple[int, list]:
-        """Rows first..last of a matrix, from file to file. Returns (input bytes, chunks to hash)."""
+    def _quantize(self, lane: Lane, matrix: Matrix, first: int, last: int) -> tuple[int, Future]:
+        """Rows first..last of a matrix, from file to file. Returns (input bytes, future of `_write`)."""
         nbytes = (last - first) * matrix.input_row_bytes
         start = matrix.start + first * matrix.input_row_bytes
         raw = lane.read("in", self.files, self.unit.plan.source.path, start, nbytes)
@@ -273,12 +275,15 @@ class _Job:
         codes, scales = quantize_blocks(
             lane.to_device(host), self.settings.calibration, self._importance(lane, matrix)
         )
-        codes, scales = lane.to_host("codes", codes), lane.to_host("scales", scales)
+        output = lane.next_output()
+        codes = lane.to_host(f"codes {output}", codes)
+        scales = lane.to_host(f"scales {output}", scales)
         lane.synchronize()
         if not bool(scales.view(torch.bfloat16).isfinite().all()):
             self.broken.add(matrix.weight.name)
         scale_row_bytes = 2 * blocks(matrix.columns)
-        return nbytes, self._write(
+        return nbytes, lane.write_behind(
+            self._write,
             (matrix.weight.start + first * matrix.columns, as_bytes(codes)),
             (matrix.scale.start + first // BLOCK * scale_row_bytes, as_bytes(scales)),
         )
@@ -289,10 +294,11 @@ class _Job:
         values = self.settings.statistics.importance(matrix.weight.name, matrix.columns)
         return None if values is None else lane.to_device(torch.from_numpy(values))
 
-    def _copy(self, lane: Lane, item: Passthrough, first: int, last: int) -> tuple[int, list]:
-        """Bytes first..last of a tensor that is kept. Returns (input bytes, chunks to hash)."""
-        raw = lane.read("in", self.files, self.unit.plan.source.path, item.start + first, last - first)
-        return last - first, self._write((item.output.start + first, as_bytes(raw)))
+    def _copy(self, lane: Lane, item: Passthrough, first: int, last: int) -> tuple[int, Future]:
+        """Bytes first..last of a tensor that is kept. Returns as `_quantize`."""
+        buffer, path = f"kept {lane.next_output()}", self.unit.plan.source.path
+        raw = lane.read(buffer, self.files, path, item.start + first, last - first)
+        return last - first, lane.write_behind(self._write, (item.output.start + first, as_bytes(raw)))
 
     def refuse_broken(self) -> None:
         if self.broken:
@@ -382,6 +388,7 @@ class _Scheduler:
         self.jobs: list[_Job] = []
         self.done: deque[ShardResult] = deque()
         self.thread = threading.local()
+        self.lanes: list[Lane] = []
 
     def run(self, work: Iterable[Unit | Written]) -> Iterator[ShardResult]:
         for item in work:
@@ -401,6 +408,8 @@ class _Scheduler:
     def stop(self, wait_for_disk: bool) -> None:
         """Let running pieces end, drop the rest, remove partial files."""
         self.workers.shutdown(wait=True, cancel_futures=True)
+        for lane in self.lanes:
+            lane.stop()
         self.committer.shutdown(wait=wait_for_disk, cancel_futures=True)
         for job in self.jobs:
             job.close()
@@ -436,7 +445,7 @@ class _Scheduler:
     def _submit(self, job: _Job, tasks: Iterable[Task]) -> None:
         job.all_submitted = False
         for function, then in tasks:
-            while len(self.in_flight) >= 2 * self.settings.workers:
+            while len(self.in_flight) >= _IN_FLIGHT * self.settings.workers:
                 self._settle_oldest()
             job.outstanding += 1
             self.in_flight.append((job, self.workers.submit(self._in_lane, function), then))
@@ -446,7 +455,8 @@ class _Scheduler:
     def _in_lane(self, function: Callable[[Lane], object]) -> object:
         if not hasattr(self.thread, "lane"):
             self.thread.lane = Lane(self.settings.device)
-        with torch.inference_mode(), torch.cuda.stream(self.thread.lane.stream):
+            self.lanes.append(self.thread.lane)
+        with torch.inference_mode(), self.thread.lane.as_current():
             return function(self.thread.lane)
 
     def _settle_oldest(self) -> None:

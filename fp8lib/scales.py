@@ -48,8 +48,8 @@ _BF16_EXPONENT = 0x7F80
 _WINDOW = 16
 _BINS = _WINDOW * PHASES
 """Octaves of the fast histogram; row 15 is the octave of the block's largest weight."""
-_GROUP = 2**15 // _BINS
-"""Blocks that are counted at a time on a CPU."""
+_CPU_GROUP = 2**15 // _BINS
+"""Blocks that are counted at a time on a CPU: as many as a 16-bit index tells apart."""
 _SMALLEST_AMAX = 2.0 ** (_WINDOW - 127)
 """Below it the window reaches into the subnormal numbers of BF16."""
 _SUBNORMAL_ROWS = 3
@@ -169,7 +169,7 @@ def _power_of_two(exponent: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _leading_power(values: torch.Tensor) -> torch.Tensor:
-    """Largest power of two not above each value >= 0; 0 below the smallest normal number, infinity for NaN."""
+    """Largest power of two not above each value >= 0; 0 for subnormal numbers, infinity for NaN."""
     if values.dtype == torch.float32:
         return (values.view(torch.int32) & 0x7F800000).view(torch.float32)
     return (values.view(torch.int64) & 0x7FF0000000000000).view(torch.float64)
@@ -295,12 +295,12 @@ def _mse_scales(
 ) -> torch.Tensor:
     """Least-squares BF16 scale per block, float32 [Rb, Cb]. See the module's docstring."""
     shape, device = amax.shape, weights.device
-    top = amax.bfloat16().view(torch.int16)[:, :, None, None]
     importance = faint = None
     if activation is not None:
         activation = _per_block_column(activation)
         importance, faint = _as_integers(activation)
-    h, subnormal = _histograms(codes, (top & _BF16_EXPONENT) - ((_WINDOW - 1) << 7), importance)
+    group = _CPU_GROUP if device.type == "cpu" else amax.numel()
+    h, subnormal = _histograms(codes, amax, importance, group)
     # 2^29 per bin, so that sums of 128 products with T < 2^16 stay below 2^53: exact in any order.
     unit = _leading_power(h.amax(dim=1, keepdim=True)).mul_(2.0**-28)
     losses = h.div_(unit).round_() @ _error_table(grid_size, device)
@@ -337,27 +337,29 @@ def _bin_offsets(
 
 
 def _histograms(
-    codes: torch.Tensor, base: torch.Tensor, importance: torch.Tensor | None
+    codes: torch.Tensor, amax: torch.Tensor, importance: torch.Tensor | None, group: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Energy of each mantissa in each block, and what cannot be told by it.
 
-    Counting is half of what `mse` costs beside `max`. On a CPU a block's bins must stay in the innermost
-    cache, so blocks are counted one after the other; few enough at a time that the index fits 16 bits.
+    Counting is half of what `mse` costs beside `max`. On a CPU it pays to count one block after the other,
+    whose bins the innermost cache holds then.
 
     Args:
         codes: int16 [rows, columns], from `_codes`.
-        base: int16 [Rb, Cb, 1, 1], where each block's window begins.
+        amax: float32 [Rb, Cb].
         importance: float64 [Cb, 128], integers; None for 1.
+        group: blocks to count at a time.
 
     Returns:
         (float64 [Rb * Cb, 128]: h of the module's docstring, in units of row _SUBNORMAL_ROWS;
         [Rb * Cb, 1]: count of the weights, or sum of the importances, that may be subnormal).
     """
-    row_blocks, column_blocks = base.shape[:2]
-    count, device = base.numel(), codes.device
-    group, dtype = (count, torch.int32) if codes.is_cuda else (_GROUP, torch.int16)
+    (row_blocks, column_blocks), count, device = amax.shape, amax.numel(), codes.device
+    dtype = torch.int16 if group <= _CPU_GROUP else torch.int32
     index = torch.empty(row_blocks, column_blocks, BLOCK, BLOCK, dtype=dtype, device=device)
     split = codes.view(row_blocks, BLOCK, column_blocks, BLOCK).transpose(1, 2)
+    top = amax.bfloat16().view(torch.int16)[:, :, None, None] & _BF16_EXPONENT
+    base = top - ((_WINDOW - 1) << 7)  # where each block's window begins
     torch.maximum(split, base, out=index)
     index.sub_(base - _bin_offsets(row_blocks, column_blocks, group, dtype, device))
     parts = index.view(-1).split(group * BLOCK * BLOCK)

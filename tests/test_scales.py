@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import e4m3_reference as reference
+import fp8lib.scales as kernels
 from fp8lib import e4m3
 from fp8lib.modes import MODES, PHASES, Calibration
 from fp8lib.scales import block_scales, quantize_blocks
@@ -399,6 +400,19 @@ def test_mse_clips_an_outlier_in_a_channel_that_hardly_matters():
     weights[7, 9], a[9] = 400.0, 1e-9
     assert 400 / 896 <= scales_of(weights, Calibration("mse"), a).item() < 400 / 464
     assert_searched(weights, a)
+
+
+@pytest.mark.parametrize("statistics", ["no statistics", "wide"])
+def test_mse_counts_alike_however_many_blocks_at_a_time(statistics: str):
+    # A CPU counts 16 blocks at a time, with 16-bit indices; CUDA all of a piece, with 32-bit indices.
+    weights, a = mixed((384, 1280)).bfloat16(), STATISTICS[statistics](1280)
+    codes = kernels._codes(weights)
+    amax = kernels._block_amax(weights, codes)
+    importance = None if a is None else kernels._as_integers(kernels._per_block_column(a))[0]
+    all_at_once = kernels._histograms(codes, amax, importance, 30)
+    for group in (1, 7, 16):
+        some = kernels._histograms(codes, amax, importance, group)
+        assert all(map(torch.equal, some, all_at_once))
 
 
 @pytest.mark.parametrize("others", [0.0, 1e-30, 1e-9])
