@@ -7,29 +7,29 @@ quantize_fp8.py quantizes, the largest magnitude and the mean square of each inp
 
 import argparse
 import sys
-from pathlib import Path
 
 from fp8lib import __version__
-from fp8lib.command_line import Command, Parser
+from fp8lib.command_line import Command, Parser, path
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(
         prog="collect_activation_stats.py",
         description=__doc__,
-        epilog="Exit codes: 0 written, 2 refused or failed, 130 interrupted. No partial file is ever left.",
+        epilog="Exit codes: 0 written, 2 refused or failed, 130 or 143 interrupted. "
+        "No partial file is ever left.",
         allow_abbrev=False,
     )
     group = parser.add_argument_group("input and output")
-    group.add_argument("--model_dir", type=Path, required=True, help="BF16 checkpoint, with its tokenizer")
+    group.add_argument("--model_dir", type=path, required=True, help="BF16 checkpoint, with its tokenizer")
     group.add_argument(
-        "--output", type=Path, required=True, metavar="FILE",
+        "--output", type=path, required=True, metavar="FILE",
         help="statistics file: *.json, or *.safetensors for large models; replaced if it exists",
     )  # fmt: skip
 
     group = parser.add_argument_group("prompts")
     group.add_argument(
-        "--prompts_file", type=Path, metavar="FILE",
+        "--prompts_file", type=path, metavar="FILE",
         help="text with a prompt per line, or .jsonl with messages, prompt or text (built-in set)",
     )  # fmt: skip
     group.add_argument(

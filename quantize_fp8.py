@@ -3,23 +3,31 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 from fp8lib import __version__
-from fp8lib.command_line import Command, Parser
+from fp8lib.command_line import Command, Parser, path
 from fp8lib.modes import MODES, PHASES, Calibration
+
+MODE_FLAGS = (
+    ("rms", "--rms_factor"),
+    ("rms", "--rms_saturate"),
+    ("percentile", "--calib_percentile"),
+    ("mse", "--mse_grid_size"),
+)
+"""Flags that only one mode looks at."""
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(
         prog="quantize_fp8.py",
         description=__doc__,
-        epilog="Exit codes: 0 GOOD or WARN, 1 verification FAILed, 2 refused or failed.",
+        epilog="Exit codes: 0 GOOD or WARN, 1 verification FAILed, 2 refused or failed, "
+        "130 or 143 interrupted.",
         allow_abbrev=False,
     )
     group = parser.add_argument_group("input and output")
-    group.add_argument("--input_dir", type=Path, required=True, help="checkpoint to quantize")
-    group.add_argument("--output_dir", type=Path, help="where the FP8 checkpoint goes; made if missing")
+    group.add_argument("--input_dir", type=path, required=True, help="checkpoint to quantize")
+    group.add_argument("--output_dir", type=path, help="where the FP8 checkpoint goes; made if missing")
     group.add_argument(
         "--overwrite", action="store_true", help="replace what an earlier run wrote to --output_dir"
     )
@@ -46,7 +54,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="mse: scale phases tried per octave; %(default)s is every BF16 scale (%(default)s)",
     )  # fmt: skip
     group.add_argument(
-        "--activation_stats", type=Path, metavar="FILE",
+        "--activation_stats", type=path, metavar="FILE",
         help="statistics from collect_activation_stats.py; rms and mse weight channels by them",
     )  # fmt: skip
 
@@ -54,7 +62,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--device", default="auto", help="auto, cpu, cuda or cuda:N (auto: CUDA when there is one)"
     )
-    group.add_argument("--workers", type=int, default=0, metavar="N", help="worker threads (one per core)")
+    group.add_argument("--workers", type=int, metavar="N", help="worker threads (one per core)")
 
     group = parser.add_argument_group("verification")
     group.add_argument(
@@ -80,8 +88,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("the following arguments are required: --output_dir")
     if options.skip_verify and options.verify_only:
         parser.error("argument --verify_only: not allowed with argument --skip_verify")
-    if options.workers < 0:
+    if options.dry_run and options.verify_only:
+        parser.error("argument --verify_only: not allowed with argument --dry_run")
+    if options.workers is not None and options.workers < 1:
         parser.error("argument --workers: must be 1 or more")
+    options.notes = tuple(
+        f"{flag} has no effect with --calib_mode {options.calib_mode}"
+        for mode, flag in MODE_FLAGS
+        if mode != options.calib_mode and getattr(options, flag[2:]) != parser.get_default(flag[2:])
+    )
     options.calibration = Calibration(
         mode=options.calib_mode,
         rms_factor=options.rms_factor,
@@ -123,6 +138,7 @@ def _run(flags: argparse.Namespace) -> int:
         checksums=flags.checksums,
         dry_run=flags.dry_run,
         quiet=flags.quiet,
+        notes=flags.notes,
     )
     verdict = job.run(options, job.Talk(report.Printer(sys.stdout), warn))
     return 1 if verdict is Zone.FAIL else 0

@@ -360,6 +360,8 @@ def _extra_files(root: Path) -> list[Path]:
         folder = Path(place)
         folders[:] = sorted(f for f in folders if not _NOT_COPIED_FOLDERS.match(f))
         for name in folders:
+            if name in (*_WRITTEN_ANEW, INDEX) and folder == root:
+                raise Fp8Error(f"{printable(folder / name)}: a directory where a file belongs; rename it")
             if (folder / name).is_symlink():
                 raise Fp8Error(
                     f"{printable(folder / name)}: a link to a directory; put the directory itself there"

@@ -1,6 +1,7 @@
 """What a command does beside its work: one `error:` line, exit codes, signals, streams that may be closed."""
 
 import argparse
+import errno
 import io
 import os
 import signal
@@ -9,6 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn
 
 from fp8lib import Fp8Error
@@ -23,6 +25,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise Fp8Error(f"{message}; see --help")
+
+
+def path(text: str) -> Path:
+    """A flag's value as a path; nothing, an unset variable of the shell, does not mean here."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty")
+    return Path(text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +94,17 @@ class Command:
             return text
         if isinstance(error, ModuleNotFoundError):
             return f"{error.name} is not installed; pip install -r requirements.txt"
-        if isinstance(error, MemoryError) or "out of memory" in text.lower():
+        if _is_out_of_memory(error):
             return f"out of memory ({text}); {self.out_of_memory}"
         return f"{type(error).__name__}: {text}; run again with --debug for the traceback"
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether Python, the kernel, or torch's allocators (which raise RuntimeError) had no memory to give."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    signs = ("out of memory", "can't allocate memory", "can't start new thread")
+    return any(sign in str(error).lower() for sign in signs)
 
 
 def _one_line(text: str) -> str:

@@ -8,13 +8,15 @@ A direct transfer takes whole pages that are aligned in the file and in memory.
 """
 
 import ctypes
+import errno
 import os
 from pathlib import Path
 
 PAGE = 4096
 """What offset, address and length are multiples of; no disk's sector is larger."""
 _FILE_SYSTEMS = {0xEF53, 0x58465342}
-"""Magic numbers of ext4 and XFS. Network file systems have reasons of their own to gather requests."""
+"""Magic numbers of ext4, which is that of ext2 and ext3 too, and XFS. Network file systems have reasons of
+their own to gather requests."""
 
 
 def takes_direct(descriptor: int) -> bool:
@@ -31,6 +33,27 @@ def open_direct(path: Path, flags: int) -> int:
         return os.open(path, flags | os.O_DIRECT | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:
         return -1
+
+
+def reserve(descriptor: int, size: int) -> bool:
+    """Give a file all its blocks, so that direct writes need not wait for each other; False if it cannot.
+
+    Not `os.posix_fallocate`, which where a file system has no such call writes to every block instead, and
+    reads, which a descriptor for writing does not allow.
+
+    Raises:
+        OSError: there is no room, or the disk fails.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "fallocate"):
+        return False
+    while libc.fallocate(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(size)):
+        number = ctypes.get_errno()
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            raise OSError(number, os.strerror(number))
+        if number != errno.EINTR:
+            return False
+    return True
 
 
 def whole_pages(data: memoryview, offset: int) -> int:

@@ -87,6 +87,9 @@ FORMAT_LIMIT = 0.99966
 """Best cosine of any block scale on Gaussian weights (see `tests/test_scales.py`)."""
 AT_FORMAT_LIMIT = 0.9996
 """Above this a cosine is as good as the format's limit: the unclipped modes differ by less."""
+NO_ROUNDING = 0.99
+"""Below this a cosine is not one of rounding. Half a step is 1/16 of a weight at most, which alone gives
+1 - 1/512, and what a block's subnormals lose is nothing beside its largest weight."""
 LARGEST_RELATIVE_ERROR = 1 / 16
 LARGEST_ERROR_OF_MAX = 1 / 28
 """Of a block's largest weight, in mode `max`: that weight is 448, half a step there is 16."""
@@ -121,6 +124,7 @@ def judge(
     problems: Sequence[str],
     mode: str,
     clips: bool,
+    finished: bool = False,
 ) -> Health:
     """Turn measurements into a verdict.
 
@@ -129,6 +133,7 @@ def judge(
         problems: structural deviations, one line each.
         mode: calibration mode that was used.
         clips: whether that mode clips by definition (`percentile` below 100, `rms` with saturation).
+        finished: whether this is about a directory that was made before, perhaps from something else.
     """
     zones = [zone_of(m) for m in measurements]
     counts = {zone: zones.count(zone) for zone in Zone}
@@ -138,7 +143,7 @@ def judge(
     )
     verdict = Zone.FAIL if problems else max(zones, default=Zone.GOOD)
     recommendations = tuple(_recommend(measurements, mode, clips)) if flagged else ()
-    statement = _statement(verdict, measurements, problems, clips)
+    statement = _statement(verdict, measurements, problems, clips, finished)
     return Health(verdict, counts, tuple(flagged), statement, recommendations)
 
 
@@ -153,9 +158,19 @@ def _outside(measurements: Sequence[Measurement], band: Band) -> list[Measuremen
     return sorted(bad, key=lambda m: band.badness(getattr(m, band.metric)))
 
 
+def _damaged(measurements: Sequence[Measurement], clips: bool) -> list[Measurement]:
+    """Tensors that differ from the original by more than any rounding could, the worst first."""
+    return [m for m in _outside(measurements, COSINE) if not (m.cosine >= NO_ROUNDING or clips)]
+
+
 def _statement(
-    verdict: Zone, measurements: Sequence[Measurement], problems: Sequence[str], clips: bool
+    verdict: Zone, measurements: Sequence[Measurement], problems: Sequence[str], clips: bool, finished: bool
 ) -> str:
+    if problems and finished:
+        return (
+            "The directory is not a quantization of this --input_dir. Do not deploy it. If it is the right "
+            "--input_dir, the directory is damaged or was made by other rules."
+        )
     if problems:
         return "The output is not what was planned. Do not deploy it; run again with --overwrite."
     if not measurements:
@@ -177,6 +192,14 @@ def _statement(
 def _recommend(measurements: Sequence[Measurement], mode: str, clips: bool) -> list[str]:
     """Flags that can help in the mode at hand; never an improvement that no mode can bring."""
     found = []
+    if damaged := _damaged(measurements, clips):
+        m = damaged[0]
+        found.append(
+            f"Tensors that are no rounding of the original: {len(damaged)}, such as {printable(m.name)} with "
+            f"cosine {m.cosine:.3g}. No scale does that: the files are damaged, or not made from this "
+            "--input_dir. Copy or write them again."
+        )
+        measurements = [m for m in measurements if m not in damaged]
     if clips and mode == "rms":
         found.append(
             "Leave out --rms_saturate: clipping costs more than it gains, E4M3 keeps the bulk's "

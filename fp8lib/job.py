@@ -5,13 +5,14 @@ the output directory is touched; shards become durable one by one, each recorded
 config.json, without which no engine takes a directory for a model, is written last.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from fp8lib import Fp8Error, manifest, output_dir, report
-from fp8lib.checkpoint import CONFIG, INDEX, open_checkpoint, printable
+from fp8lib.checkpoint import CONFIG, INDEX, Checkpoint, open_checkpoint, printable
 from fp8lib.health import Zone, judge
 from fp8lib.manifest import Manifest, ShardResult
 from fp8lib.modes import Calibration
@@ -25,7 +26,8 @@ from fp8lib.writer import copy_file, write_file
 class Options:
     """What a run is asked to do; the flags of quantize_fp8.py, which document them.
 
-    `verify_samples` is None for all, `activation_stats` None for none, `workers` 0 for the device's default.
+    `verify_samples` is None for all, `activation_stats` None for none, `workers` None for the
+    device's default. `notes` are said at the start.
     """
 
     input_dir: Path
@@ -34,7 +36,7 @@ class Options:
     overwrite: bool = False
     activation_stats: Path | None = None
     device: str = "auto"
-    workers: int = 0
+    workers: int | None = None
     verify_samples: int | None = 5
     verify: bool = True
     verify_only: bool = False
@@ -42,6 +44,7 @@ class Options:
     checksums: bool = False
     dry_run: bool = False
     quiet: bool = False
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,8 @@ def run(options: Options, talk: Talk) -> Zone:
     ranks = Ranks()
     if not ranks.is_main:
         talk = Talk(talk.printer, lambda text: None)
+    for text in options.notes:
+        talk.warn(text)
     try:
         if options.verify_only:
             verdict = _verify_only(options, talk, ranks)
@@ -157,9 +162,12 @@ def _quantize(options: Options, talk: Talk, ranks: Ranks) -> Zone:
         def record(result: ShardResult) -> None:
             known = mine.shards.get(result.name, {}).get("sha256")
             result = replace(result, sha256=result.sha256 or known)
-            results[result.name] = result
-            mine.shards[result.name] = manifest.to_record(result, _verification(options))
+            mine.shards[result.name] = manifest.to_record(
+                result, _verification(options) if result.final else None
+            )
             mine.save(options.output_dir)
+            if result.final:
+                results[result.name] = result
 
         ranks.publish("todo", asdict(todo))
         work = _work(options, plan, settings, ranks, todo)
@@ -278,7 +286,7 @@ def _work_for_main(ranks: Ranks, settings, folder: Path, work: list) -> None:
     """Another rank's share: results go to rank 0."""
     with closing(_process(ranks, settings, folder, work, lambda name, count: ranks.progress(count))) as done:
         for result in done:
-            ranks.send_result([result.name, manifest.to_record(result, None)])
+            ranks.send_result([result.name, manifest.to_record(result, None), result.final])
     ranks.look()
 
 
@@ -296,11 +304,12 @@ def _work_and_gather(
 
         def finished(result: ShardResult) -> None:
             record(result)
-            progress.finished(result.name)
+            if result.final:
+                progress.finished(result.name)
 
         def receive() -> None:
-            for name, body in ranks.new_results():
-                finished(manifest.from_record(name, body, None))
+            for name, body, final in ranks.new_results():
+                finished(replace(manifest.from_record(name, body, None), final=final))
 
         def on_bytes(name: str, count: int) -> None:
             if (total := ranks.progress(count)) is not None:
@@ -351,12 +360,17 @@ def _verify_only(options: Options, talk: Talk, ranks: Ranks) -> Zone:
     from fp8lib import pipeline
     from fp8lib.pairing import pair_directories
 
-    original, quantized = open_checkpoint(options.input_dir), open_checkpoint(options.output_dir)
+    original, quantized = open_checkpoint(options.input_dir), _open_finished(options.output_dir)
     settings = _pipeline_settings(options, None, ranks)
     work = [
         pipeline.Written(shard.name, shard.size, tuple(pairs), tuple(problems))
         for shard, pairs, problems in pair_directories(original, quantized)
     ]
+    earlier = None
+    with suppress(Fp8Error):  # another tool's, or damaged: nothing depends on it
+        earlier = manifest.load(options.output_dir)
+    if earlier and not earlier.made_from(original.shards):
+        talk.warn(f"by its {manifest.MANIFEST}, {printable(options.output_dir)} was not made from this input")
     if "quantization_config" not in quantized.config:
         problem = f"{CONFIG}: has no quantization_config, so no engine will read the weights as FP8"
         work[0] = replace(work[0], problems=(*work[0].problems, problem))
@@ -367,15 +381,23 @@ def _verify_only(options: Options, talk: Talk, ranks: Ranks) -> Zone:
     _work_and_gather(
         options, settings, ranks, work, len(work), 0, lambda result: results.update({result.name: result})
     )
-    calibration = None
-    with suppress(Fp8Error):  # another tool's, or damaged: nothing depends on it
-        if earlier := manifest.load(options.output_dir):
-            calibration = earlier.settings.get("calibration")
+    calibration = earlier and earlier.settings.get("calibration")
+    with suppress(Fp8Error):  # advice is for the mode that was used, if that is known
+        options = replace(options, calibration=Calibration.parse(str(calibration)))
     fp8 = sum(len(item.pairs) for item in work)
     kept = sum(len(shard.tensors) for shard in quantized.shards) - 2 * fp8
     ordered = [results[item.name] for item in work]
     label = f"{printable(calibration or 'unknown')} (verify only)"
     return _agree(ranks, _summarize(options, talk, label, ordered, report.Totals(len(work), fp8, kept), None))
+
+
+def _open_finished(folder: Path) -> Checkpoint:
+    if os.path.lexists(folder / manifest.MANIFEST) and not os.path.lexists(folder / CONFIG):
+        raise Fp8Error(
+            f"{printable(folder / CONFIG)}: not there, as the run that wrote the rest is not finished; "
+            "repeat its command to continue it"
+        )
+    return open_checkpoint(folder)
 
 
 def _summarize(
@@ -392,7 +414,7 @@ def _summarize(
     health = None
     if options.verify:
         mode = options.calibration
-        health = judge(measurements, problems, mode.mode, mode.clips and not options.verify_only)
+        health = judge(measurements, problems, mode.mode, mode.clips, finished=options.verify_only)
     failed = sum(bool(r.problems) for r in results)
     report.print_summary(talk.printer, totals, failed, calibration, measurements, problems, health, covered)
     return health.verdict if health else Zone.GOOD

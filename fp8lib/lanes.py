@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from fp8lib import Fp8Error
-from fp8lib.checkpoint import printable
+from fp8lib.checkpoint import Shard, printable
 from fp8lib.direct import open_direct, takes_direct, whole_pages
 
 _OUTPUTS = 3
@@ -65,6 +65,22 @@ class Files:
                 view, start = view[count:], start + count
         except OSError as error:
             raise Fp8Error(f"{printable(path)}: cannot be read ({error.strerror})") from None
+
+    def refuse_changed(self, shard: Shard) -> None:
+        """Refuse a file that is not, or no longer, the one whose header was read.
+
+        Raises:
+            Fp8Error: size or modification time differ; or it cannot be opened.
+        """
+        try:
+            status = os.fstat(self._open(shard.path, direct=False))
+        except OSError as error:
+            raise Fp8Error(f"{printable(shard.path)}: cannot be read ({error.strerror})") from None
+        if (status.st_size, status.st_mtime_ns) != (shard.size, shard.mtime_ns):
+            raise Fp8Error(
+                f"{printable(shard.path)}: changed while this ran; when it is complete, start anew with "
+                "--overwrite"
+            )
 
     def _open(self, path: Path, direct: bool) -> int:
         with self._lock:

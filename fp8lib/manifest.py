@@ -8,6 +8,7 @@ and flags give the same manifest.
 import math
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -31,6 +32,7 @@ class ShardResult:
         sha256: of the output file, or None if it was not asked for.
         measurements: of the matrices that were spot-checked.
         problems: structural deviations, one line each.
+        final: False for a shard that is complete on disk and still to be verified.
     """
 
     name: str
@@ -38,6 +40,7 @@ class ShardResult:
     sha256: str | None
     measurements: tuple[Measurement, ...]
     problems: tuple[str, ...]
+    final: bool = True
 
 
 @dataclass(slots=True)
@@ -67,6 +70,12 @@ class Manifest:
         document = asdict(self)
         document["shards"] = dict(sorted(self.shards.items()))
         write_file(folder / MANIFEST, to_json(document))
+
+    def made_from(self, shards: Iterable[Shard]) -> bool:
+        """Whether these are the input shards, as far as sizes and headers tell; times may differ."""
+        keys = ("size", "header_sha256")
+        mine = {name: [record.get(key) for key in keys] for name, record in self.inputs.items()}
+        return mine == {s.name: [s.size, s.header_sha256] for s in shards}
 
     def difference(self, other: "Manifest") -> str | None:
         """The first thing that keeps a run from continuing another, in words, or None."""
@@ -111,6 +120,7 @@ def _is_manifest(document: object) -> bool:
         isinstance(document, dict)
         and document.keys() >= {f.name for f in fields(Manifest)}
         and all(isinstance(document[key], dict) for key in ("settings", "inputs", "shards"))
+        and all(isinstance(record, dict) for record in document["inputs"].values())
         and isinstance(document["extra_files"], list)
         and all(isinstance(name, str) for name in document["extra_files"])
     )

@@ -3,6 +3,8 @@
 Apart from it so that a flag can be checked without importing torch.
 """
 
+import re
+from contextlib import suppress
 from dataclasses import dataclass
 
 from fp8lib import Fp8Error
@@ -59,6 +61,26 @@ class Calibration:
     def uses_activations(self) -> bool:
         """Whether activation statistics change the outcome."""
         return self.mode in ("rms", "mse")
+
+    @classmethod
+    def parse(cls, text: str) -> "Calibration":
+        """The calibration of which this is the `str`.
+
+        Raises:
+            Fp8Error: of none.
+        """
+        mode, _, rest = text.partition("(")
+        fields = {"rms_saturate": rest.endswith(", saturate)")}
+        if found := re.search(r"=([\d.e+-]+)", rest):
+            name, kind = {"percentile": ("percentile", float), "mse": ("mse_grid_size", int)}.get(
+                mode, ("rms_factor", float)
+            )
+            with suppress(ValueError):
+                fields[name] = kind(found[1])
+        calibration = cls(mode, **fields)
+        if str(calibration) != text:
+            raise Fp8Error(f"{text!r}: not a calibration")
+        return calibration
 
     def __str__(self) -> str:
         # Every digit: the manifest tells by this whether a run continues another.

@@ -29,7 +29,7 @@ class State:
     Attributes:
         finished: names of output shards that need not be quantized again.
         remove: files of an earlier run that `--overwrite` replaces.
-        leftovers: files of an earlier run that was ended before they were complete.
+        leftovers: files of an earlier run that was ended before they were complete, or recorded.
         manifest: the earlier run's, if this one continues it.
     """
 
@@ -99,7 +99,11 @@ def inspect(folder: Path, plan: Plan, mine: Manifest, overwrite: bool) -> State:
         for shard in plan.shards
         if shard.name in earlier.shards and _is_complete(folder / shard.name, shard)
     )
-    return State(finished, (), leftovers, earlier)
+    # Written by a run that was killed before it could record them; they would be in the way of the space.
+    unrecorded = tuple(
+        folder / s.name for s in plan.shards if s.name not in finished and _is_file(folder / s.name)
+    )
+    return State(finished, (), leftovers + unrecorded, earlier)
 
 
 def _files_of(manifest: Manifest) -> set[str]:

@@ -19,7 +19,7 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -142,7 +142,14 @@ def pieces(unit: Unit, weights: int) -> list[tuple[Matrix | Passthrough, int, in
     plan = unit.plan
     found: list = [(item, *span) for item in plan.passthrough for span in _byte_ranges(item)]
     found += [(m, *span) for m in plan.matrices for span in _row_ranges(m.rows, m.columns, weights)]
+    found.sort(key=lambda piece: _output_start(*piece[:2]))
     return found[len(found) * unit.part // unit.parts : len(found) * (unit.part + 1) // unit.parts]
+
+
+def _output_start(item: Matrix | Passthrough, first: int) -> int:
+    if isinstance(item, Passthrough):
+        return item.output.start + first
+    return item.weight.start + first * item.columns
 
 
 def written_as_planned(plan: ShardPlan, folder: Path) -> Written:
@@ -159,7 +166,10 @@ def process(
     on_bytes: Callable[[str, int], None] = lambda name, count: None,
     is_last_part: Callable[[Unit], bool] = lambda unit: True,
 ) -> Iterator[ShardResult]:
-    """Quantize, write and verify shards, yielding each result once its file is durable.
+    """Quantize, write and verify shards.
+
+    Yields:
+        Each shard's result once its file is durable, and again, `final`, when it is verified.
 
     Args:
         work: what to do, in this order; taken from the iterable one by one, when a worker is free.
@@ -206,7 +216,7 @@ def _row_ranges(rows: int, columns: int, weights: int) -> Iterator[tuple[int, in
 class _OrderedDigest:
     """SHA-256 of a file whose bytes arrive nearly in order; what is early waits in memory.
 
-    Only a shard's scales are early, 1/8192 of its weights' bytes.
+    Pieces come in the order of the file, so only a shard's scales are early, 1/8192 of its weights' bytes.
     """
 
     def __init__(self, header: bytes) -> None:
@@ -306,6 +316,10 @@ class _Job:
             shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if names[10:] else "")
             raise Fp8Error(f"{self.name}: NaN or infinity in {shown}; repair the input model")
 
+    def refuse_changed(self) -> None:
+        """Refuse an input file that is not the one that was planned for, or was written to meanwhile."""
+        self.files.refuse_changed(self.unit.plan.source)
+
     def make_durable(self, is_last_part: Callable[[Unit], bool]) -> bool:
         """Give the output its name, if this was its last part. Runs in the committing thread."""
         if self.unit.parts > 1:
@@ -349,6 +363,7 @@ class _Job:
             self.digest.hexdigest(self.size) if self.digest else None,
             tuple(verify.combine(name, pieces) for name, pieces in self.measured.items()),
             tuple(self.problems),
+            final=self.stage == "verify",
         )
 
 
@@ -385,6 +400,7 @@ class _Scheduler:
         self.committer = ThreadPoolExecutor(1, thread_name_prefix="commit")
         self.in_flight: deque[tuple[_Job, Future, Callable[[object], None]]] = deque()
         self.committing: deque[tuple[_Job, Future]] = deque()
+        self.durable: deque[_Job] = deque()
         self.jobs: list[_Job] = []
         self.done: deque[ShardResult] = deque()
         self.thread = threading.local()
@@ -393,17 +409,14 @@ class _Scheduler:
     def run(self, work: Iterable[Unit | Written]) -> Iterator[ShardResult]:
         for item in work:
             if isinstance(item, Unit):
-                self._make_room()
-                self._start(item)
+                yield from self._make_room()
+                yield from self._start(item)
             else:
-                self._verify_written(item)
-            self._collect_commits(wait=False)
-            yield from self._results()
-        while self.in_flight or self.committing:
-            if self.in_flight:
-                self._settle_oldest()
-            self._collect_commits(wait=not self.in_flight)
-            yield from self._results()
+                yield from self._verify_written(item)
+            yield from self._verify_durable()
+        while self.in_flight or self.committing or self.durable:
+            yield from self._verify_durable() if self.durable else self._step()
+        yield from self._results()
 
     def stop(self, wait_for_disk: bool) -> None:
         """Let running pieces end, drop the rest, remove partial files."""
@@ -414,39 +427,51 @@ class _Scheduler:
         for job in self.jobs:
             job.close()
 
-    def _make_room(self) -> None:
+    def _step(self) -> Iterator[ShardResult]:
+        """Wait for the oldest piece or, if none is under way, the oldest commit; hand out what that ends."""
+        if self.in_flight:
+            self._settle_oldest()
+        else:
+            wait([self.committing[0][1]])
+        self._collect_commits()
+        yield from self._results()
+
+    def _make_room(self) -> Iterator[ShardResult]:
         """Wait while as many shards are half written as there are workers: a crash leaves that many files."""
         while sum(job.writer is not None for job in self.jobs) >= max(self.settings.workers, 2):
-            if self.in_flight:
-                self._settle_oldest()
-            self._collect_commits(wait=not self.in_flight)
+            yield from self._step()
 
-    def _start(self, unit: Unit) -> None:
+    def _start(self, unit: Unit) -> Iterator[ShardResult]:
         plan = unit.plan
         job = _Job(plan.name, plan.size, self.settings, unit=unit)
         self.jobs.append(job)
+        job.refuse_changed()
         job.writer = ShardWriter(self.output / plan.name, plan.header, plan.size, shared=unit.parts > 1)
         if self.settings.checksums:
             job.digest = _OrderedDigest(plan.header)
-        self._submit(job, job.quantization(self.on_bytes))
+        yield from self._submit(job, job.quantization(self.on_bytes))
 
-    def _verify_written(self, item: Written) -> None:
+    def _verify_written(self, item: Written) -> Iterator[ShardResult]:
         job = _Job(item.name, item.size, self.settings, pairs=item.pairs, problems=list(item.problems))
         self.jobs.append(job)
-        self._verify(job)
+        yield from self._verify(job)
 
-    def _verify(self, job: _Job) -> None:
+    def _verify_durable(self) -> Iterator[ShardResult]:
+        while self.durable:
+            yield from self._verify(self.durable.popleft())
+
+    def _verify(self, job: _Job) -> Iterator[ShardResult]:
         """Start measuring a shard that is complete on disk."""
         job.stage = "verify"
         # What is not where it should be cannot be measured.
         measurable = self.settings.verify and not job.problems
-        self._submit(job, job.verification() if measurable else ())
+        yield from self._submit(job, job.verification() if measurable else ())
 
-    def _submit(self, job: _Job, tasks: Iterable[Task]) -> None:
+    def _submit(self, job: _Job, tasks: Iterable[Task]) -> Iterator[ShardResult]:
         job.all_submitted = False
         for function, then in tasks:
             while len(self.in_flight) >= _IN_FLIGHT * self.settings.workers:
-                self._settle_oldest()
+                yield from self._step()
             job.outstanding += 1
             self.in_flight.append((job, self.workers.submit(self._in_lane, function), then))
         job.all_submitted = True
@@ -470,6 +495,7 @@ class _Scheduler:
         if job.outstanding or not job.all_submitted:
             return
         if job.stage == "quantize":
+            job.refuse_changed()  # first: it would explain a NaN
             job.refuse_broken()
             commit = self.committer.submit(job.make_durable, self.is_last_part)
             self.committing.append((job, commit))
@@ -477,10 +503,9 @@ class _Scheduler:
             self._close(job)
             self.done.append(job.result())
 
-    def _collect_commits(self, wait: bool) -> None:
-        """Start verifying shards that are durable by now; wait for the oldest if asked to."""
-        while self.committing and (wait or self.committing[0][1].done()):
-            wait = False
+    def _collect_commits(self) -> None:
+        """Take note of the shards that are durable by now."""
+        while self.committing and self.committing[0][1].done():
             job, commit = self.committing.popleft()
             complete = commit.result()
             job.writer = None
@@ -491,7 +516,8 @@ class _Scheduler:
                 path = self.output / job.name
                 job.pairs = tuple(verify.planned_pairs(job.unit.plan, path))
                 job.problems = verify.structural_problems(job.unit.plan, path)
-            self._verify(job)
+                self.done.append(job.result())
+            self.durable.append(job)
 
     def _close(self, job: _Job) -> None:
         self.jobs.remove(job)

@@ -87,7 +87,7 @@ class Progress(AbstractContextManager):
             total=total,
             unit="B",
             unit_scale=True,
-            disable=quiet or self._plain,
+            disable=quiet or self._plain or not total,
             file=sys.stderr,
             dynamic_ncols=True,
         )
@@ -213,7 +213,7 @@ def print_summary(
         printer.line("=" * WIDTH)
         return
     marks = "  ".join(printer.mark(z, f"{health.counts[z]} {z.name}") for z in Zone)
-    printer.line(f"  Spot-checked        : {len(measurements)}  ({marks})")
+    printer.line(f"  Spot-checked        : {len(measurements)} of {totals.fp8}  ({marks})")
     if measurements:
         _print_metrics(printer, measurements)
     _print_flagged(printer, health, problems)

@@ -384,9 +384,13 @@ def _histograms(
 
 
 def _per_block_column(activation: torch.Tensor) -> torch.Tensor:
-    """float32 [columns] -> float64 [Cb, 128], all ones where a block column's channels are all zero."""
+    """float32 [columns] -> float64 [Cb, 128] in units of the block column's loudest, all ones if that is 0.
+
+    The unit is a power of two: only the ratios decide, and no sum of losses leaves float32.
+    """
     blocked = activation.double().view(-1, BLOCK)
-    return torch.where(blocked.amax(dim=1, keepdim=True) > 0, blocked, 1.0)
+    loudest = blocked.amax(dim=1, keepdim=True)
+    return torch.where(loudest > 0, blocked / _leading_power(loudest), 1.0)
 
 
 def _as_integers(activation: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -451,8 +455,9 @@ def _exact_search(
     device = blocked.device
     candidates, table = _exact_candidates(grid_size, device), _exact_table(grid_size, device)
     bins = table.shape[0]
-    unit = _leading_power(amax).clamp_(SMALLEST_SCALE, 2.0**127)
-    top = amax / unit  # [1, 2)
+    # The nearest BF16 of the largest weight, which is what is counted, lies in the table's top octave.
+    unit = _leading_power(amax.bfloat16().float()).clamp_(SMALLEST_SCALE, 2.0**127)
+    top = amax / unit  # [1, 2), or a little less where amax was rounded up
     allowed = (candidates >= _divide(top, 2 * MAX)[:, None]) & (candidates < _divide(top, MAX / 2)[:, None])
     chosen = torch.empty_like(amax)
     for part in range(0, len(blocked), _EXACT_BATCH):
@@ -460,7 +465,7 @@ def _exact_search(
         scaled = blocked[batch].float() / unit[batch, None]
         codes = _codes(scaled).to(torch.int32) - ((128 - _EXACT_WINDOW) << 7)
         count = len(codes)
-        index = codes.clamp_(min=-1).add_(1)  # bin 0: too small for any candidate, or zero
+        index = codes.clamp_(-1, bins - 1).add_(1)  # bin 0: too small for any candidate, or zero
         index.add_(torch.arange(count, device=device, dtype=torch.int32)[:, None] * (bins + 1))
         spread = None
         if activation is not None:

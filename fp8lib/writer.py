@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fp8lib import Fp8Error
 from fp8lib.checkpoint import open_regular, printable
-from fp8lib.direct import open_direct, takes_direct, whole_pages
+from fp8lib.direct import open_direct, reserve, takes_direct, whole_pages
 
 _BACKLOG = 16 * 1024 * 1024
 """Bytes written between one look at the disk's progress and the next."""
@@ -61,8 +61,7 @@ class ShardWriter:
         try:
             with refusing_disk_errors(path):
                 os.ftruncate(self._fd, size)
-                if size and takes_direct(self._fd):
-                    os.posix_fallocate(self._fd, 0, size)  # direct writes into holes wait for each other
+                if size and takes_direct(self._fd) and reserve(self._fd, size):
                     self._direct = open_direct(self.partial, os.O_WRONLY)
             self.write(0, header)
         except BaseException:
@@ -214,6 +213,7 @@ class refusing_disk_errors:  # noqa: N801 - reads as a statement, like contextli
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         if not isinstance(error, OSError):
             return
+        reason = error.strerror or str(error)
         way_out = {
             errno.ENOSPC: "the disk is full; free some space and run again to continue",
             errno.EDQUOT: "your disk quota is used up; free some space and run again to continue",
@@ -222,5 +222,7 @@ class refusing_disk_errors:  # noqa: N801 - reads as a statement, like contextli
             errno.EACCES: "permission denied; choose another place",
             errno.EPERM: "not permitted; choose another place",
             errno.ELOOP: "a symlink is in the way; remove it",
-        }.get(error.errno, error.strerror or str(error))
+            errno.EIO: "the disk failed (Input/output error); look at it, or choose another place",
+            errno.EMFILE: "too many open files; raise `ulimit -n` or use fewer --workers",
+        }.get(error.errno, f"{reason}; choose another place")
         raise Fp8Error(f"{printable(self.path)}: {way_out}") from error

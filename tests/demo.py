@@ -6,24 +6,24 @@ on it as a user would, and prints how far the FP8 model's predictions are from t
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
-
-# Before transformers is imported: its notes about optional kernels are not what the demo is about.
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
-import torch
-from transformers.utils import logging
-
-import tiny_checkpoints
 
 QUANTIZE = Path(__file__).resolve().parent.parent / "quantize_fp8.py"
 
 
 def main(folder: Path) -> int:
     """Run the demo in `folder`, whose `bf16` and `fp8` are replaced. Returns an exit code."""
+    # transformers' notes about optional kernels are not what the demo is about.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    import torch
+    from transformers.utils import logging
+
+    import tiny_checkpoints
+
     logging.disable_progress_bar()
     bf16, fp8 = folder / "bf16", folder / "fp8"
     for path in (bf16, fp8):
@@ -48,4 +48,5 @@ def main(folder: Path) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
     sys.exit(main(Path(sys.argv[1])))

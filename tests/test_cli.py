@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import save_file
 
 from conftest import SCRIPT, Result
-from fp8lib import __version__
+from fp8lib import Fp8Error, __version__
+from fp8lib.modes import MODES, Calibration
 from tiny_checkpoints import tensors
 
 ESCAPE = "\033["
@@ -407,6 +408,29 @@ def test_summary_counts_the_tensors_with_activation_statistics(
     assert "Activation stats" not in without.out
 
 
+@pytest.mark.parametrize(
+    "calibration",
+    [
+        *map(Calibration, MODES),
+        Calibration("rms", rms_factor=2.5, rms_saturate=True),
+        Calibration("rms", rms_factor=1e-7),
+        Calibration("percentile", percentile=99.99),
+        Calibration("mse", mse_grid_size=16),
+    ],
+    ids=str,
+)
+def test_a_calibration_is_read_from_what_the_summary_calls_it(calibration: Calibration) -> None:
+    assert Calibration.parse(str(calibration)) == calibration
+
+
+@pytest.mark.parametrize(
+    "text", ["", "rms(", "rms(k=three)", "entropy", "mse(phases=1e3)", "mse(phases=0)", "None"]
+)
+def test_what_is_not_a_calibration_is_refused(text: str) -> None:
+    with pytest.raises(Fp8Error):
+        Calibration.parse(text)
+
+
 @pytest.mark.parametrize("mode", ["max", "percentile"])
 def test_modes_that_ignore_statistics_say_so_once(
     mode: str, small: Path, tmp_path: Path, cli: Callable
@@ -417,6 +441,25 @@ def test_modes_that_ignore_statistics_say_so_once(
         "--activation_stats", given, "--calib_mode", mode,
     )  # fmt: skip
     assert result.err.count("does not use the activation statistics") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "noted"),
+    [
+        (("--calib_mode", "max", "--rms_factor", 2), ["--rms_factor", "max"]),
+        (("--calib_mode", "mse", "--rms_saturate"), ["--rms_saturate", "mse"]),
+        (("--calib_percentile", 99), ["--calib_percentile", "rms"]),
+        (("--mse_grid_size", 16), ["--mse_grid_size", "rms"]),
+    ],
+    ids=str,
+)
+def test_a_flag_that_the_mode_does_not_look_at_is_noted(
+    flags: tuple, noted: list[str], small: Path, cli: Callable
+) -> None:
+    result = cli("--input_dir", small, "--dry_run", *flags)
+    assert result.rc == 0
+    assert result.err == f"note: {noted[0]} has no effect with --calib_mode {noted[1]}\n"
+    assert cli("--input_dir", small, "--dry_run", "--quiet", *flags).err == ""
 
 
 LOUD = {

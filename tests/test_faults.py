@@ -91,7 +91,7 @@ def test_the_disk_is_full_in_the_middle_of_a_shard(
     disk = mount(f"size={first_shard + 100_000}")
     output = disk / "out"
     ended = quantize(source, output, "--workers", 1, before=ROOMY)
-    assert_refused(ended, ".safetensors", "the disk is full", "continue")
+    assert_refused(ended, str(output), "the disk is full", "continue")
     assert not (output / CONFIG).exists()
     assert_nothing_left_over(output, whole)
     remount(disk, "size=64m")
@@ -172,6 +172,29 @@ def test_an_input_shard_is_shortened_after_it_was_opened(
     os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert quantize(folder, output).rc == 0
     assert_same(output, whole)
+
+
+@pytest.mark.parametrize("moment", [At("pwrite", 2, SHARDS[1]), At("open", 1, f".{SHARDS[2]}.partial")],
+                         ids=["while it is read", "before it is begun"])  # fmt: skip
+def test_an_input_shard_is_written_anew_while_this_runs(
+    moment: At, checkpoint: Callable, source: Path, copy_of: Callable, tmp_path: Path
+) -> None:
+    """A download or a training that is not over: same names, same sizes, other weights."""
+    folder, output = copy_of(source), tmp_path / "out"
+    later = checkpoint(SMALL[0], **{**SMALL[1], "seed": 1})
+    replace = f"""
+import shutil
+for name in {SHARDS}:
+    shutil.copyfile(os.path.join({str(later)!r}, name), os.path.join({str(folder)!r}, name))
+"""
+    ended = quantize(folder, output, at=At(moment.operation, moment.number, moment.where, replace))
+    assert_refused(ended, str(folder), "changed while this ran", "--overwrite")
+    assert not (output / CONFIG).exists()
+    assert_refused(quantize(folder, output), "--overwrite")  # it is not the model that was begun
+    assert quantize(folder, output, "--checksums", "--overwrite").rc == 0
+    assert quantize(later, tmp_path / "expected", "--checksums").rc == 0
+    shards = {name: data for name, data in tree(output).items() if name.endswith(".safetensors")}
+    assert shards.items() <= tree(tmp_path / "expected").items()
 
 
 def test_a_small_file_that_is_shortened_while_it_is_copied(
@@ -285,6 +308,57 @@ def test_an_output_directory_without_write_permission(source: Path, tmp_path: Pa
     output = tmp_path / "out"
     output.mkdir(mode=0o555)
     assert_refused(quantize(source, output), str(output), "permission denied")
+
+
+@pytest.fixture(params=["ext2", "ext3"])
+def old_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A file system that says it is ext4 and cannot give a file its blocks in advance."""
+    folder, image = tmp_path / "disk", tmp_path / "image"
+    folder.mkdir()
+    image.write_bytes(b"")
+    os.truncate(image, 64 << 20)
+    commands = (
+        [f"mkfs.{request.param}", "-q", image],
+        ["mount", "-o", "loop", "-t", request.param, image, folder],
+    )
+    for command in commands:
+        if shutil.which(command[0]) is None or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip(f"mounting a file as a disk needs root and {request.param}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_an_output_directory_on_an_old_file_system(source: Path, whole: Path, old_disk: Path) -> None:
+    assert quantize(source, old_disk / "out").rc == 0
+    assert_same(old_disk / "out", whole)
+
+
+@pytest.mark.parametrize(
+    ("number", "way_out"),
+    [("EIO", "the disk failed"), ("EMFILE", "ulimit -n"), ("EBADF", "choose another place")],
+)
+def test_an_error_of_the_disk_is_named_with_a_way_out(
+    number: str, way_out: str, source: Path, whole: Path, tmp_path: Path
+) -> None:
+    fail = f"import errno; raise OSError(errno.{number}, os.strerror(errno.{number}))"
+    ended = quantize(source, tmp_path / "out", at=At("pwrite", 3, SHARDS[1], fail))
+    assert_refused(ended, SHARDS[1], way_out)
+    assert_nothing_left_over(tmp_path / "out", whole)
+
+
+@pytest.mark.parametrize(
+    "error",
+    ["OSError(errno.ENOMEM, 'Cannot allocate memory')", "RuntimeError(\"can't start new thread\")",
+     "RuntimeError(\"DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes\")"],
+    ids=["of the kernel", "for a thread", "of torch"],
+)  # fmt: skip
+def test_memory_that_is_not_there_is_called_that(error: str, source: Path, tmp_path: Path) -> None:
+    before = f"""
+import errno, fp8lib.job
+def fail(*arguments): raise {error}
+fp8lib.job.make_plan = fail
+"""
+    assert_refused(quantize(source, tmp_path / "out", before=before), "out of memory", "--workers")
 
 
 def test_an_output_directory_that_is_removed_in_the_middle(source: Path, tmp_path: Path) -> None:

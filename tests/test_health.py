@@ -282,6 +282,35 @@ def test_low_cosine_with_mse_is_told_that_no_scale_will_help():
     assert "Another scale will not help" in text
 
 
+@pytest.mark.parametrize("cosine", [math.nan, -1.0, 0.0, 0.5, 0.98])
+def test_what_no_rounding_explains_is_called_damaged_and_no_mode_is_recommended(cosine: float):
+    worst = measured("worst", cosine=cosine, max_abs=5.0, mean_abs=0.5)
+    text = advice(AT_THE_LIMIT, worst, mode="rms")
+    assert "such as worst" in text
+    assert "damaged, or not made from this --input_dir" in text
+    assert FLAG.findall(text) == ["--input_dir"]
+
+
+@pytest.mark.parametrize("weights", [2.0**-20 + torch.arange(16384.0).view(128, 128) * 2**-24])
+@pytest.mark.parametrize("mode", MODES_THAT_DO_NOT_CLIP)
+def test_rounding_at_its_worst_is_not_called_damaged(weights: torch.Tensor, mode: str):
+    # Weights half a step off, all of them; and a bulk of which E4M3 keeps nothing beside an outlier.
+    halfway = torch.full((128, 128), 17.0)
+    halfway[0, 0] = 448
+    outlier = torch.full((128, 128), 2.0**-9 * 0.49)
+    outlier[0, 0] = 448
+    calibration = Calibration(mode, percentile=100)
+    for case in (weights, halfway, outlier):
+        assert "damaged" not in advice(of_weights(case, calibration), mode=mode)
+
+
+def test_a_directory_that_was_made_earlier_is_not_told_to_be_made_by_overwriting_alone():
+    health = judge([measured()], ["x.weight: missing"], "max", False, finished=True)
+    assert health.verdict is FAIL
+    assert "not a quantization of this --input_dir" in health.statement
+    assert FLAG.findall(health.statement) == ["--input_dir", "--input_dir"]
+
+
 @pytest.mark.parametrize("mode", MODES_THAT_DO_NOT_CLIP)
 def test_flags_of_other_modes_are_not_mentioned(mode: str):
     text = advice(measured(cosine=0.999), measured(max_abs=0.5), measured(mean_abs=0.01), mode=mode)

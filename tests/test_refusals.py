@@ -302,6 +302,12 @@ INPUTS = {
         "keep one of the two",
         PER_EXPERT,
     ),
+    **{
+        f"a directory named {name}": Case(
+            lambda folder, name=name: (folder / name).mkdir(), name, "rename it"
+        )
+        for name in ("fp8_quantization.json", "SHA256SUMS")
+    },
     "nothing that can be quantized": Case(
         lambda folder: edit_state(
             folder / "model.safetensors",
@@ -600,12 +606,17 @@ FLAGS = {
     "some samples": (("--verify_samples", "some"), "'all'"),
     "a seed in words": (("--seed", "zero"), "zero"),
     "a negative number of workers": (("--workers", "-1"), "1 or more"),
+    "no workers": (("--workers", "0"), "1 or more"),
     "a device of another kind": (("--device", "tpu"), "cpu"),
     "a device in words": (("--device", "the fast one"), "cpu"),
     "a device that is absent": (("--device", "cuda:99"), "--device cpu"),
     "a typo": (("--calib_moed", "max"), "--calib_moed"),
     "an abbreviation": (("--calib_percent", "99"), "--calib_percent"),
     "a word too many": (("max",), "max"),
+    "an input that is an empty word": (("--input_dir", ""), "is empty"),
+    "an output that is an empty word": (("--output_dir", ""), "is empty"),
+    "statistics that are an empty word": (("--activation_stats", ""), "is empty"),
+    "a plan and a verification": (("--verify_only", "--dry_run"), "--dry_run"),
 }
 
 

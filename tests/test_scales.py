@@ -5,6 +5,7 @@ Weights are BF16 unless a test says otherwise, as in a checkpoint. All data is s
 
 import math
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise, product
 
 import numpy as np
@@ -457,6 +458,20 @@ def test_mse_of_float16_and_float32_clips_nothing(family: str, dtype: torch.dtyp
         assert np.abs(block).max() <= 464 * scales[i, j]  # 464 still rounds to 448
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("blocks", [1, 16])
+def test_mse_of_float16_and_float32_counts_a_largest_weight_that_bf16_rounds_up(
+    dtype: torch.dtype, blocks: int
+):
+    # 1.997 is counted as 2, in an octave of its own; beside it all is so small that it is counted one by one.
+    weights = torch.full((128, 128 * blocks), 2.0**-15, dtype=dtype)
+    weights[0, ::128] = 1.997
+    codes, scales = quantize_blocks(weights, Calibration("mse"))
+    restored = e4m3.dequantize(codes, scales)[0, ::128]
+    assert (restored - 1.997).abs().max() <= 1.997 / 16
+    assert torch.equal(scales, scales[:, :1].expand_as(scales))
+
+
 def test_a_grid_of_n_phases_uses_at_most_n_mantissas():
     weights = torch.cat([gaussian((128, 128 * 40), 1), student_t((128, 128 * 40), 5, 2)], dim=1).bfloat16()
     for n in (1, 3, 16, 100):
@@ -543,12 +558,21 @@ def test_scales_of_weights_times_a_power_of_two_are_scales_times_it(calibration:
         assert torch.equal(moved, torch.where(zero, scales, scales * 2.0**power))
 
 
+@pytest.mark.parametrize(
+    "make", [mixed, partial(outliers, times=1e5), smallest], ids=["mixed", "outliers", "smallest"]
+)
 @pytest.mark.parametrize("calibration", ALL_MODES, ids=str)
-def test_only_the_ratios_of_the_statistics_matter(calibration: Calibration):
-    weights, a = mixed((200, 300)).bfloat16(), mild(300)
+def test_only_the_ratios_of_the_statistics_matter(
+    calibration: Calibration, make: Callable[[tuple[int, int]], torch.Tensor]
+):
+    weights, a = make((200, 300)).bfloat16(), mild(300).bfloat16().float()
     scales = block_scales(weights, calibration, a)[0]
-    for power in (-80, 80):
-        assert torch.equal(block_scales(weights, calibration, a * 2.0**power)[0], scales)
+    # To both ends of float32's normal numbers: sums of these, and products with losses, leave it.
+    numbers = torch.finfo(torch.float32)
+    largest = math.floor(math.log2(numbers.max / a.max().item()))
+    least = math.ceil(math.log2(numbers.tiny / a.min().item()))
+    for power in (least, -80, 80, largest):
+        assert torch.equal(block_scales(weights, calibration, a * 2.0**power)[0], scales), power
 
 
 @pytest.mark.parametrize("calibration", ALL_MODES, ids=str)

@@ -135,6 +135,7 @@ def test_the_output_of_this_tool(original: Path, quantized: Callable, verify: Ca
     state = tensors(folder)
     fp8 = [name for name, tensor in state.items() if tensor.dtype == FP8]
     assert count(result, "FP8 weight tensors") == count(result, "Spot-checked") == len(fp8) == MATRICES
+    assert f"{MATRICES} of {MATRICES}  (" in result.out
     assert count(result, "Passthrough tensors") == len(state) - 2 * len(fp8)
     assert "rms(k=3" in result.out  # what the manifest knows
 
@@ -382,9 +383,38 @@ def test_a_directory_without_fp8_weights_is_not_good(
         assert "nothing was measured" in result.out
 
 
-def test_another_model_fails(finished: Path, checkpoint: Callable, verify: Callable) -> None:
+def test_another_model_fails_and_no_flag_is_said_to_help(
+    finished: Path, checkpoint: Callable, verify: Callable
+) -> None:
     other = checkpoint(MODEL[0], **{**MODEL[1], "seed": 1})
-    assert verify(other, finished, "--verify_samples", "all").rc == 1
+    result = verify(other, finished, "--verify_samples", "all")
+    assert result.rc == 1
+    assert "not made from this --input_dir" in " ".join(result.out.split())
+    assert "--calib_mode" not in result.out
+    assert "--overwrite" not in result.out
+
+
+def test_an_input_of_another_shape_is_noted(finished: Path, checkpoint: Callable, verify: Callable) -> None:
+    other = checkpoint(MODEL[0], **{**MODEL[1], "num_experts": 8})
+    result = verify(other, finished)
+    assert result.rc == 1
+    assert "was not made from this input" in result.err
+    assert "is not a quantization of this --input_dir" in " ".join(result.out.split())
+    assert "--overwrite" not in result.out
+
+
+def test_advice_is_for_the_mode_that_was_used(
+    checkpoint: Callable, tmp_path: Path, cli: Callable, verify: Callable
+) -> None:
+    source = checkpoint(MODEL[0], **{**MODEL[1], "std": 0.05})
+    flags = ("--calib_mode", "percentile", "--calib_percentile", "99")
+    made = cli("--input_dir", source, "--output_dir", tmp_path / "out", *flags)
+    assert "--calib_percentile 100" in made.out
+    assert advice(verify(source, tmp_path / "out").out) == advice(made.out)
+
+
+def advice(summary: str) -> list[str]:
+    return summary.split("VERDICT")[1].splitlines()
 
 
 def test_empty_fp8_matrices_fail(original: Path, official: Path, tmp_path: Path, verify: Callable) -> None:
@@ -436,6 +466,15 @@ def test_a_directory_that_is_not_finished_is_refused(
     assert result.err.startswith("error: ")
     assert result.err.count("\n") == 1
     assert named in result.err
+
+
+def test_a_run_that_is_not_finished_is_to_be_continued(
+    finished: Path, original: Path, verify: Callable
+) -> None:
+    (finished / "config.json").unlink()
+    result = verify(original, finished)
+    assert result.rc == 2
+    assert "repeat its command to continue it" in result.err
 
 
 def test_a_damaged_manifest_does_not_keep_it_from_measuring(
