@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """End to end: quantize_fp8.py as a user runs it, against `cp` of the same shards.
 
-Makes a checkpoint of the real shapes, reads it once so that the page cache is warm, then times, in turn,
-`cp` and every mode, whole processes, into the same directory. Every round begins with the next of them, so
-that none always runs behind the same other. Medians are printed.
+Makes a checkpoint of the real shapes, then times, in turn, `cp` and every mode, whole processes, into the
+same directory, with the input in the page cache if it fits there: it is read before each of them. Every round
+begins with the next of them, so that none always runs behind the same other. Medians are printed.
 
     python benchmarks/bench_quantize.py --folder /data/bench
     python benchmarks/bench_quantize.py --folder /data/bench --model 35B-A3B --shards 14 --device cuda
@@ -113,9 +113,14 @@ def _make(flags: argparse.Namespace, shape: checkpoints.Shape) -> Path:
     # In a process of its own: a child's peak memory begins with what this one has, so it stays small.
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         pool.apply(checkpoints.write, (source, shape, flags.shards))
-    for shard in source.glob("*.safetensors"):
-        subprocess.run(["cat", shard], stdout=subprocess.DEVNULL, check=True)
     return source
+
+
+def _warm(source: Path) -> None:
+    """Have the input in the page cache, from which the kernel may have taken it, unless it cannot fit."""
+    shards = list(source.glob("*.safetensors"))
+    if sum(s.stat().st_size for s in shards) < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2:
+        subprocess.run(["cat", *shards], stdout=subprocess.DEVNULL, check=True)
 
 
 def _command(source: Path, output: Path, flags: list[str]) -> list[str]:
@@ -139,6 +144,7 @@ def _compare(flags: argparse.Namespace, source: Path, commands: dict, parameters
             if name == "cp":
                 (flags.folder / "out").mkdir()
             os.sync()  # what the one before left unwritten must not slow this one
+            _warm(source)
             wall, used, memory = _time(command)
             walls[name].append(wall)
             cpu[name].append(used)

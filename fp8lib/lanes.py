@@ -1,5 +1,5 @@
-"""What a worker thread works with: files to read from, host buffers, a device and a stream on it, and a
-thread that writes behind it."""
+"""What a worker thread works with: files to read from, host buffers, a device and a stream on it, a thread
+that writes behind it and others that read ahead."""
 
 import ctypes
 import mmap
@@ -176,6 +176,29 @@ class Lane:
     def stop(self) -> None:
         """Let the write under way end and drop the rest."""
         self._writer.shutdown(wait=True, cancel_futures=True)
+
+
+class ReadAhead:
+    """Reads what tasks will need, in threads that do nothing else, into buffers that take turns."""
+
+    def __init__(self, device: torch.device, threads: int, turns: int) -> None:
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="reader")
+        self._lanes = deque(Lane(device) for _ in range(turns))
+
+    def submit(self, function: Callable, *arguments: object) -> Future:
+        """Call `function(lane, …)`; what it reads is valid until the last but one of `turns` more calls."""
+        self._lanes.rotate()
+        lane = self._lanes[0]
+
+        def read() -> object:
+            with lane.as_current():
+                return function(lane, *arguments)
+
+        return self._pool.submit(read)
+
+    def stop(self) -> None:
+        """Let the reads under way end and drop the rest."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
 
 
 def as_bytes(host: torch.Tensor) -> memoryview:

@@ -4,7 +4,8 @@ A piece is a few hundred rows of one matrix, always whole rows of blocks. A work
 through its steps: `pread` into its own buffer, the kernels, and, in a second thread of the worker's lane,
 `pwrite` at the offsets the plan gave, while the worker is at its next piece. Threads are enough, because
 reading, torch's kernels and writing all release the interpreter lock. On CUDA each worker has its own
-stream and pinned buffers, so that copies in both directions overlap with kernels.
+stream and pinned buffers, so that copies in both directions overlap with kernels. What verification reads
+back comes from the disk and not from the page cache; threads of its own read that ahead.
 
 Memory is workers x piece, whatever the size of a tensor or a shard. Nothing a worker computes depends on
 another piece, so neither the number of workers nor the size of a piece can change a byte.
@@ -28,7 +29,7 @@ import torch
 from fp8lib import Fp8Error, verify
 from fp8lib.checkpoint import printable
 from fp8lib.direct import PAGE
-from fp8lib.lanes import DTYPES, Files, Lane, as_bytes, keep_freed_memory
+from fp8lib.lanes import DTYPES, Files, Lane, ReadAhead, as_bytes, keep_freed_memory
 from fp8lib.manifest import ShardResult
 from fp8lib.modes import Calibration
 from fp8lib.plan import Matrix, Passthrough, ShardPlan
@@ -331,7 +332,7 @@ class _Job:
 
     # Verification.
 
-    def verification(self) -> Iterator[Task]:
+    def verification(self, ahead: ReadAhead) -> Iterator[Task]:
         for first in range(0, len(self.pairs), _PAIRS_PER_CHECK):
             batch = self.pairs[first : first + _PAIRS_PER_CHECK]
             yield (
@@ -342,10 +343,8 @@ class _Job:
         for pair in verify.sample(self.pairs, settings.verify_samples, settings.seed, self.name):
             pieces = self.measured.setdefault(pair.name, [])
             for span in _row_ranges(pair.rows, pair.columns, VERIFY_PIECE):
-                yield (
-                    lambda lane, p=pair, s=span: verify.read_and_measure(lane, self.files, p, *s),
-                    pieces.append,
-                )
+                read = ahead.submit(verify.read_rows, self.files, pair, *span)
+                yield (lambda lane, r=read: verify.measure(*map(lane.to_device, r.result()))), pieces.append
 
     # End.
 
@@ -398,6 +397,7 @@ class _Scheduler:
         self.is_last_part = is_last_part
         self.workers = ThreadPoolExecutor(settings.workers, thread_name_prefix="worker")
         self.committer = ThreadPoolExecutor(1, thread_name_prefix="commit")
+        self.ahead = ReadAhead(settings.device, settings.workers, _IN_FLIGHT * settings.workers + 1)
         self.in_flight: deque[tuple[_Job, Future, Callable[[object], None]]] = deque()
         self.committing: deque[tuple[_Job, Future]] = deque()
         self.durable: deque[_Job] = deque()
@@ -423,6 +423,7 @@ class _Scheduler:
         self.workers.shutdown(wait=True, cancel_futures=True)
         for lane in self.lanes:
             lane.stop()
+        self.ahead.stop()
         self.committer.shutdown(wait=wait_for_disk, cancel_futures=True)
         for job in self.jobs:
             job.close()
@@ -465,7 +466,7 @@ class _Scheduler:
         job.stage = "verify"
         # What is not where it should be cannot be measured.
         measurable = self.settings.verify and not job.problems
-        yield from self._submit(job, job.verification() if measurable else ())
+        yield from self._submit(job, job.verification(self.ahead) if measurable else ())
 
     def _submit(self, job: _Job, tasks: Iterable[Task]) -> Iterator[ShardResult]:
         job.all_submitted = False

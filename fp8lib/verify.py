@@ -181,13 +181,15 @@ def read_and_check_scales(lane: Lane, files: Files, pairs: Sequence[Pair]) -> li
     return problems
 
 
-def read_and_measure(lane: Lane, files: Files, pair: Pair, first: int, last: int) -> Errors:
-    """Error of rows first..last of a pair, `first` a multiple of 128, everything read again."""
+def read_rows(
+    lane: Lane, files: Files, pair: Pair, first: int, last: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What `measure` takes of rows first..last of a pair, `first` a multiple of 128, in host memory."""
     rows, columns = last - first, pair.columns
     weights = _read(lane, files, "in", pair.source, rows, columns, first)
     codes = _read(lane, files, "codes", pair.weight, rows, columns, first)
     scales = _read(lane, files, "scales", pair.scale, blocks(rows), blocks(columns), first // BLOCK)
-    return measure(lane.to_device(weights), lane.to_device(codes), lane.to_device(scales))
+    return weights, codes, scales
 
 
 def _read(
