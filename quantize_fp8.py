@@ -62,7 +62,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--device", default="auto", help="auto, cpu, cuda or cuda:N (auto: CUDA when there is one)"
     )
-    group.add_argument("--workers", type=int, metavar="N", help="worker threads (one per core)")
+    group.add_argument(
+        "--workers", type=int, metavar="N", help="worker threads (one per core, at most 4 on CUDA)"
+    )
 
     group = parser.add_argument_group("verification")
     group.add_argument(

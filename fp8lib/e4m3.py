@@ -15,7 +15,8 @@ the multiplier: W ~ weight * weight_scale_inv. Scales are rounded to BF16 before
 divided by them; dividing by a more precise scale than the one that is stored adds an error for nothing.
 
 Values in (448, 464] round to 448 (round to nearest, ties to even: 480 does not exist); above 464 the
-cast gives NaN, so a caller whose scales let weights go further must ask for saturation.
+cast gives NaN or 448, as device and version of torch have it, so a caller whose scales let weights go further
+must ask for saturation.
 """
 
 import torch
@@ -62,7 +63,7 @@ def quantize(weights: torch.Tensor, scales: torch.Tensor, *, saturate: bool) -> 
     Args:
         weights: [rows, columns], BF16, F16 or F32, finite.
         scales: [ceil(rows/128), ceil(columns/128)], BF16, positive.
-        saturate: clamp to +-448 first. Without it a quotient above 464 becomes NaN.
+        saturate: clamp to +-448 first. Without it a quotient above 464 may become NaN.
 
     Returns:
         float8_e4m3fn [rows, columns]. The division is done in float32 and rounded once more by the

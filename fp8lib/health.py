@@ -87,9 +87,10 @@ FORMAT_LIMIT = 0.99966
 """Best cosine of any block scale on Gaussian weights (see `tests/test_scales.py`)."""
 AT_FORMAT_LIMIT = 0.9996
 """Above this a cosine is as good as the format's limit: the unclipped modes differ by less."""
-NO_ROUNDING = 0.99
-"""Below this a cosine is not one of rounding. Half a step is 1/16 of a weight at most, which alone gives
-1 - 1/512, and what a block's subnormals lose is nothing beside its largest weight."""
+NO_ROUNDING = 0.9
+"""Below this a cosine is neither one of rounding nor of clipping by `mse`, which takes away half of a weight
+at most: vectors whose components differ by factors from 1/2 to 1 have a cosine of 2 sqrt(1/2) / (3/2) = 0.943
+at least, and rounding by 1/16 changes that by less than the rest."""
 LARGEST_RELATIVE_ERROR = 1 / 16
 LARGEST_ERROR_OF_MAX = 1 / 28
 """Of a block's largest weight, in mode `max`: that weight is 448, half a step there is 16."""
@@ -199,7 +200,7 @@ def _recommend(measurements: Sequence[Measurement], mode: str, clips: bool) -> l
             f"cosine {m.cosine:.3g}. No scale does that: the files are damaged, or not made from this "
             "--input_dir. Copy or write them again."
         )
-        measurements = [m for m in measurements if m not in damaged]
+        measurements = [m for m in measurements if m.cosine >= NO_ROUNDING]
     if clips and mode == "rms":
         found.append(
             "Leave out --rms_saturate: clipping costs more than it gains, E4M3 keeps the bulk's "

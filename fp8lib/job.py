@@ -6,6 +6,7 @@ config.json, without which no engine takes a directory for a model, is written l
 """
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -159,24 +160,50 @@ def _quantize(options: Options, talk: Talk, ranks: Ranks) -> Zone:
         output_dir.prepare(options.output_dir, state, complete=not todo.quantize)
         mine.save(options.output_dir)
 
+        journal = _Journal(mine, options)
+
         def record(result: ShardResult) -> None:
-            known = mine.shards.get(result.name, {}).get("sha256")
-            result = replace(result, sha256=result.sha256 or known)
-            mine.shards[result.name] = manifest.to_record(
-                result, _verification(options) if result.final else None
-            )
-            mine.save(options.output_dir)
+            recorded = journal.record(result)
             if result.final:
-                results[result.name] = result
+                results[result.name] = recorded
 
         ranks.publish("todo", asdict(todo))
         work = _work(options, plan, settings, ranks, todo)
         total = sum(s.input_bytes for s in plan.shards if s.name in todo.quantize)
         _work_and_gather(options, settings, ranks, work, todo.count, total, record)
+        journal.save()
         _finish(options, plan, results)
     ordered = [results[s.name] for s in plan.shards]
     label, totals = str(options.calibration), report.Totals.of(plan)
     return _agree(ranks, _summarize(options, talk, label, ordered, totals, covered))
+
+
+class _Journal:
+    """Records results in the manifest on disk.
+
+    A shard that is complete is recorded at once. That it is verified, too, may wait while saving takes long
+    (2.6 s with the measurements of all 92,000 matrices of a 397B): if it is lost, it is verified again.
+    """
+
+    def __init__(self, mine: Manifest, options: Options) -> None:
+        self._manifest, self._options = mine, options
+        self._not_before = 0.0
+
+    def record(self, result: ShardResult) -> ShardResult:
+        """Record a result; returns it with the checksum that an earlier one of that shard had."""
+        earlier = self._manifest.shards.get(result.name)
+        result = replace(result, sha256=result.sha256 or (earlier or {}).get("sha256"))
+        verification = _verification(self._options) if result.final else None
+        self._manifest.shards[result.name] = manifest.to_record(result, verification)
+        if earlier is None or time.monotonic() >= self._not_before:
+            self.save()
+        return result
+
+    def save(self) -> None:
+        begun = time.monotonic()
+        self._manifest.save(self._options.output_dir)
+        took = time.monotonic() - begun
+        self._not_before = begun + (20 * took if took > 0.2 else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -394,8 +421,8 @@ def _verify_only(options: Options, talk: Talk, ranks: Ranks) -> Zone:
 def _open_finished(folder: Path) -> Checkpoint:
     if os.path.lexists(folder / manifest.MANIFEST) and not os.path.lexists(folder / CONFIG):
         raise Fp8Error(
-            f"{printable(folder / CONFIG)}: not there, as the run that wrote the rest is not finished; "
-            "repeat its command to continue it"
+            f"{printable(folder / CONFIG)}: not there, as the run that wrote the rest is not finished "
+            "or FAILed; repeat its command to continue it, with --overwrite if it FAILed"
         )
     return open_checkpoint(folder)
 

@@ -163,7 +163,7 @@ class Lane:
 
         What is in its buffers may be overwritten once this is called again for every other set.
         """
-        while len(self._writes) >= _OUTPUTS - 1:
+        while len(self._writes) >= _OUTPUTS:
             wait([self._writes.popleft()])
         self._output = (self._output + 1) % _OUTPUTS
         return self._output

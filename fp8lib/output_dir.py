@@ -99,7 +99,7 @@ def inspect(folder: Path, plan: Plan, mine: Manifest, overwrite: bool) -> State:
         for shard in plan.shards
         if shard.name in earlier.shards and _is_complete(folder / shard.name, shard)
     )
-    # Written by a run that was killed before it could record them; they would be in the way of the space.
+    # Written by a run that ended before it could record them; they would be in the way of the space.
     unrecorded = tuple(
         folder / s.name for s in plan.shards if s.name not in finished and _is_file(folder / s.name)
     )

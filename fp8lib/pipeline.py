@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 from fp8lib import Fp8Error, verify
-from fp8lib.checkpoint import printable
+from fp8lib.checkpoint import Shard, printable
 from fp8lib.direct import PAGE
 from fp8lib.lanes import DTYPES, Files, Lane, ReadAhead, as_bytes, keep_freed_memory
 from fp8lib.manifest import ShardResult
@@ -66,7 +66,7 @@ class Settings:
         calibration: how scales are chosen.
         statistics: activation statistics, or None.
         device: where kernels run.
-        workers: worker threads; each has one more that writes.
+        workers: worker threads; each has one more that writes and one that reads ahead.
         verify_samples: matrices per shard to measure; None for all of them.
         verify: False skips verification altogether.
         seed: of the sample.
@@ -106,12 +106,14 @@ class Written:
         name, size: of the file.
         pairs: its FP8 weights, in the order of the file.
         problems: what is already known to be wrong with its structure.
+        source: the input shard all of it was made from, if that is known.
     """
 
     name: str
     size: int
     pairs: tuple[Pair, ...]
     problems: tuple[str, ...]
+    source: Shard | None = None
 
 
 def divide(shards: list[ShardPlan], ranks: int, whole: bool) -> list[Unit]:
@@ -157,7 +159,7 @@ def written_as_planned(plan: ShardPlan, folder: Path) -> Written:
     """A shard that an earlier run completed, to be verified again."""
     path = folder / plan.name
     pairs, problems = verify.planned_pairs(plan, path), verify.structural_problems(plan, path)
-    return Written(plan.name, plan.size, tuple(pairs), tuple(problems))
+    return Written(plan.name, plan.size, tuple(pairs), tuple(problems), plan.source)
 
 
 def process(
@@ -170,7 +172,8 @@ def process(
     """Quantize, write and verify shards.
 
     Yields:
-        Each shard's result once its file is durable, and again, `final`, when it is verified.
+        Each shard's result once its file is durable, and again, `final`, when it is verified; once and
+        `final` where that is not asked for. After an error, the former for what was complete before it.
 
     Args:
         work: what to do, in this order; taken from the iterable one by one, when a worker is free.
@@ -192,6 +195,7 @@ def process(
         scheduler.stop(wait_for_disk=True)
     except Exception:
         scheduler.stop(wait_for_disk=True)
+        yield from scheduler.became_durable()
         raise
     except BaseException:  # interrupted: a slow disk must not keep the user waiting
         scheduler.stop(wait_for_disk=False)
@@ -246,6 +250,7 @@ class _Job:
     settings: Settings
     files: Files = field(default_factory=Files)
     unit: Unit | None = None
+    source: Shard | None = None
     writer: ShardWriter | None = None
     digest: _OrderedDigest | None = None
     broken: set[str] = field(default_factory=set)
@@ -319,7 +324,8 @@ class _Job:
 
     def refuse_changed(self) -> None:
         """Refuse an input file that is not the one that was planned for, or was written to meanwhile."""
-        self.files.refuse_changed(self.unit.plan.source)
+        if self.source is not None:
+            self.files.refuse_changed(self.source)
 
     def make_durable(self, is_last_part: Callable[[Unit], bool]) -> bool:
         """Give the output its name, if this was its last part. Runs in the committing thread."""
@@ -355,14 +361,14 @@ class _Job:
             self.writer = None
         self.files.close()
 
-    def result(self) -> ShardResult:
+    def result(self, final: bool) -> ShardResult:
         return ShardResult(
             self.name,
             self.size,
             self.digest.hexdigest(self.size) if self.digest else None,
             tuple(verify.combine(name, pieces) for name, pieces in self.measured.items()),
             tuple(self.problems),
-            final=self.stage == "verify",
+            final,
         )
 
 
@@ -424,9 +430,15 @@ class _Scheduler:
         for lane in self.lanes:
             lane.stop()
         self.ahead.stop()
-        self.committer.shutdown(wait=wait_for_disk, cancel_futures=True)
+        self.committer.shutdown(wait=wait_for_disk, cancel_futures=not wait_for_disk)
         for job in self.jobs:
             job.close()
+
+    def became_durable(self) -> Iterator[ShardResult]:
+        """Results, not final, of shards that an error elsewhere did not keep from being completed."""
+        for job, commit in self.committing:
+            if commit.done() and not commit.cancelled() and not commit.exception() and commit.result():
+                yield job.result(final=False)
 
     def _step(self) -> Iterator[ShardResult]:
         """Wait for the oldest piece or, if none is under way, the oldest commit; hand out what that ends."""
@@ -444,7 +456,7 @@ class _Scheduler:
 
     def _start(self, unit: Unit) -> Iterator[ShardResult]:
         plan = unit.plan
-        job = _Job(plan.name, plan.size, self.settings, unit=unit)
+        job = _Job(plan.name, plan.size, self.settings, unit=unit, source=plan.source)
         self.jobs.append(job)
         job.refuse_changed()
         job.writer = ShardWriter(self.output / plan.name, plan.header, plan.size, shared=unit.parts > 1)
@@ -453,7 +465,10 @@ class _Scheduler:
         yield from self._submit(job, job.quantization(self.on_bytes))
 
     def _verify_written(self, item: Written) -> Iterator[ShardResult]:
-        job = _Job(item.name, item.size, self.settings, pairs=item.pairs, problems=list(item.problems))
+        job = _Job(
+            item.name, item.size, self.settings, source=item.source, pairs=item.pairs,
+            problems=list(item.problems),
+        )  # fmt: skip
         self.jobs.append(job)
         yield from self._verify(job)
 
@@ -495,14 +510,14 @@ class _Scheduler:
         """Move a shard to its next stage once nothing of the present one is under way."""
         if job.outstanding or not job.all_submitted:
             return
+        job.refuse_changed()  # first: it would explain a NaN, and an error that no rounding makes
         if job.stage == "quantize":
-            job.refuse_changed()  # first: it would explain a NaN
             job.refuse_broken()
             commit = self.committer.submit(job.make_durable, self.is_last_part)
             self.committing.append((job, commit))
         else:
             self._close(job)
-            self.done.append(job.result())
+            self.done.append(job.result(final=True))
 
     def _collect_commits(self) -> None:
         """Take note of the shards that are durable by now."""
@@ -512,13 +527,15 @@ class _Scheduler:
             job.writer = None
             if not complete:
                 self._close(job)
-                continue
-            if self.settings.verify:
+            elif self.settings.verify:
                 path = self.output / job.name
                 job.pairs = tuple(verify.planned_pairs(job.unit.plan, path))
                 job.problems = verify.structural_problems(job.unit.plan, path)
-                self.done.append(job.result())
-            self.durable.append(job)
+                self.done.append(job.result(final=False))
+                self.durable.append(job)
+            else:
+                self._close(job)
+                self.done.append(job.result(final=True))
 
     def _close(self, job: _Job) -> None:
         self.jobs.remove(job)

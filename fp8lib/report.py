@@ -76,18 +76,24 @@ def size(nbytes: int) -> str:
 
 
 class Progress(AbstractContextManager):
-    """A bar over input bytes on a terminal, a plain line per shard elsewhere; nothing if quiet."""
+    """A bar over input bytes on a terminal, a plain line per shard elsewhere; nothing if quiet.
+
+    Args:
+        total: input bytes to quantize.
+        shards: to quantize or verify.
+        quiet: whether to show nothing.
+    """
 
     def __init__(self, total: int, shards: int, quiet: bool) -> None:
         # A terminal without a width, as some job runners give, cannot show a bar either.
         bar = sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
-        self._plain = not quiet and not bar
+        self._plain = not quiet and not (bar and total)  # verification alone has no input to count
         self._shards, self._done = shards, 0
         self._bar = tqdm(
             total=total,
             unit="B",
             unit_scale=True,
-            disable=quiet or self._plain or not total,
+            disable=quiet or self._plain,
             file=sys.stderr,
             dynamic_ncols=True,
         )

@@ -209,17 +209,18 @@ def _rms_scales(
     count = rows_in_block * columns_in_block
     mean = _pairwise_sum(_by_block(per_column), dim=2) / count
     if activation is not None:
-        activation = activation / activation.amax().clamp(min=torch.finfo(torch.float32).tiny)
-        weight = rows_in_block * _pairwise_sum(_by_block(activation[None]), dim=2)
-        weighted = _pairwise_sum(_by_block(per_column * activation), dim=2)
-        mean = torch.where(weight > 0, weighted / weight, mean)
+        importance = _per_block_column(activation).float() * (activation > 0).view(-1, BLOCK)
+        weight = rows_in_block * _pairwise_sum(importance[None].clone(), dim=2)
+        weighted = _pairwise_sum(_by_block(per_column) * importance, dim=2)
+        mean = torch.where(weighted > 0, weighted / weight, mean)  # else no weight meets a signal
     scales = _divide(calibration.rms_factor * mean.sqrt(), MAX) * unit
     scales = scales.clamp(min=SMALLEST_SCALE).bfloat16().float()
     if calibration.rms_saturate:
         return scales
-    excess = torch.frexp(amax / (MAX * scales))  # 448 times a BF16 number is exact in float32
+    scales = scales.double()  # up to 2^245 below amax, which float32 does not hold
+    excess = torch.frexp(amax / (MAX * scales))
     doublings = excess.exponent - (excess.mantissa == 0.5).int()
-    return scales * _power_of_two(doublings.clamp(0, 127), torch.float32)
+    return (scales * _power_of_two(doublings.clamp(min=0), torch.float64)).float()
 
 
 def _by_block(per_column: torch.Tensor) -> torch.Tensor:

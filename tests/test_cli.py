@@ -553,6 +553,14 @@ def test_a_terminal_gets_a_bar_over_bytes_and_a_file_gets_none(small: Path, tmp_
     assert "\r" not in result.out
 
 
+def test_a_terminal_gets_lines_where_there_are_no_bytes_to_count(small: Path, tmp_path: Path) -> None:
+    command = ("--input_dir", small, "--output_dir", tmp_path / "out")
+    assert in_terminal(*command, "--skip_verify", stdout=False, stderr=True, env={}).rc == 0
+    for flags in (["--verify_only"], []):  # the second: only verifies what the first run wrote
+        result = in_terminal(*command, *flags, stdout=False, stderr=True, env={})
+        assert (result.rc, result.err.strip()) == (0, "[1/1] model.safetensors")
+
+
 def test_piped_output_is_plain_text_with_a_line_per_shard(
     checkpoint: Callable, tmp_path: Path, run: Callable
 ) -> None:

@@ -174,8 +174,11 @@ def test_an_input_shard_is_shortened_after_it_was_opened(
     assert_same(output, whole)
 
 
-@pytest.mark.parametrize("moment", [At("pwrite", 2, SHARDS[1]), At("open", 1, f".{SHARDS[2]}.partial")],
-                         ids=["while it is read", "before it is begun"])  # fmt: skip
+@pytest.mark.parametrize(
+    "moment",
+    [At("pwrite", 2, SHARDS[1]), At("open", 1, f".{SHARDS[2]}.partial"), At("open", 2, f"out/{SHARDS[0]}")],
+    ids=["while it is read", "before it is begun", "before it is verified"],
+)
 def test_an_input_shard_is_written_anew_while_this_runs(
     moment: At, checkpoint: Callable, source: Path, copy_of: Callable, tmp_path: Path
 ) -> None:
@@ -183,9 +186,9 @@ def test_an_input_shard_is_written_anew_while_this_runs(
     folder, output = copy_of(source), tmp_path / "out"
     later = checkpoint(SMALL[0], **{**SMALL[1], "seed": 1})
     replace = f"""
-import shutil
 for name in {SHARDS}:
-    shutil.copyfile(os.path.join({str(later)!r}, name), os.path.join({str(folder)!r}, name))
+    with open(os.path.join({str(later)!r}, name), "rb") as file: new = file.read()
+    with open(os.path.join({str(folder)!r}, name), "r+b") as file: file.write(new)
 """
     ended = quantize(folder, output, at=At(moment.operation, moment.number, moment.where, replace))
     assert_refused(ended, str(folder), "changed while this ran", "--overwrite")

@@ -282,7 +282,7 @@ def test_low_cosine_with_mse_is_told_that_no_scale_will_help():
     assert "Another scale will not help" in text
 
 
-@pytest.mark.parametrize("cosine", [math.nan, -1.0, 0.0, 0.5, 0.98])
+@pytest.mark.parametrize("cosine", [math.nan, -1.0, 0.0, 0.5, 0.89])
 def test_what_no_rounding_explains_is_called_damaged_and_no_mode_is_recommended(cosine: float):
     worst = measured("worst", cosine=cosine, max_abs=5.0, mean_abs=0.5)
     text = advice(AT_THE_LIMIT, worst, mode="rms")
@@ -302,6 +302,18 @@ def test_rounding_at_its_worst_is_not_called_damaged(weights: torch.Tensor, mode
     calibration = Calibration(mode, percentile=100)
     for case in (weights, halfway, outlier):
         assert "damaged" not in advice(of_weights(case, calibration), mode=mode)
+
+
+def test_clipping_all_that_mse_may_clip_is_not_called_damaged():
+    # Half of the large weights is taken away where their channels see nothing.
+    weights = torch.full((128, 128), 1e-5)
+    weights[:, ::2] = 2.0 ** torch.linspace(0, 1, 64)
+    a = torch.zeros(128)
+    a[1::2] = 1
+    codes, scales = quantize_blocks(weights.bfloat16(), Calibration("mse"), a)
+    found = combine("w", [measure(weights.bfloat16(), codes, scales)])
+    assert found.cosine < 0.99
+    assert "damaged" not in advice(found, mode="mse")
 
 
 def test_a_directory_that_was_made_earlier_is_not_told_to_be_made_by_overwriting_alone():

@@ -295,6 +295,30 @@ def test_a_shard_that_was_written_and_not_yet_verified_is_only_verified(
     assert_same(output, whole)
 
 
+def test_a_shard_that_is_being_completed_when_another_fails_is_recorded(
+    source: Path, whole: Path, copy_of: Callable, tmp_path: Path
+) -> None:
+    folder, output = copy_of(source), tmp_path / "out"
+    broken = folder / SHARDS[1]
+    good, times = broken.read_bytes(), broken.stat()
+    nan = bytearray(good)
+    length = int.from_bytes(good[:8], "little")
+    header = json.loads(good[8 : 8 + length])
+    start = next(t["data_offsets"][0] for name, t in header.items() if name.endswith("experts.down_proj"))
+    nan[8 + length + start : 8 + length + start + 2] = b"\xc0\x7f"
+    broken.write_bytes(nan)
+    os.utime(broken, ns=(times.st_atime_ns, times.st_mtime_ns))
+    ended = quantize(folder, output, "--checksums", at=At("fsync", 1, SHARDS[0], "time.sleep(1)"))
+    assert_refused(ended, SHARDS[1], "NaN")
+    assert SHARDS[0] in done(output)
+    written = identity(output / SHARDS[0])
+    broken.write_bytes(good)
+    os.utime(broken, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert quantize(folder, output, "--checksums").rc == 0
+    assert identity(output / SHARDS[0]) == written
+    assert_same(output, whole)
+
+
 def test_a_shard_that_was_written_and_not_yet_recorded_is_not_in_the_way(
     source: Path, whole: Path, tmp_path: Path
 ) -> None:

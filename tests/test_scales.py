@@ -284,6 +284,26 @@ def test_rms_of_a_block_whose_channels_never_saw_a_signal_is_the_plain_one():
     assert with_zeros[0, 1] == scales_of(weights[:, 128:], Calibration("rms"), a[128:]).item()
 
 
+@pytest.mark.parametrize("largest", [1.0, 1170.0, 1e4, 1e30])
+@pytest.mark.parametrize("others", [0.0, 1e-30, 2.0**-126])
+def test_rms_saturates_nothing_that_statistics_call_silent(largest: float, others: float):
+    # The one channel with a signal holds next to nothing: rms says nothing of how large the others are.
+    weights, a = (gaussian((128, 256)) * largest * 10).bfloat16(), torch.zeros(256)
+    weights[:, ::128], a[::128] = others, 1
+    codes, scales = quantize_blocks(weights, Calibration("rms"), a)
+    amax = weights.float().abs().view(128, 2, 128).amax(dim=(0, 2))
+    assert (amax <= 448 * scales.float()).all()
+    assert (amax > 448 * scales.float() / 4).all()
+    assert e4m3.dequantize(codes, scales).isfinite().all()
+
+
+def test_rms_saturates_nothing_with_the_smallest_factor():
+    weights = (gaussian((128, 128)) * 1e30).bfloat16()
+    scale = scales_of(weights, Calibration("rms", rms_factor=1e-300)).item()
+    amax = weights.float().abs().max().item()
+    assert 448 * scale / 2 < amax <= 448 * scale
+
+
 # --- percentile --------------------------------------------------------------------------------
 
 
