@@ -158,9 +158,8 @@ def _quantize(options: Options, talk: Talk, ranks: Ranks) -> Zone:
         state = output_dir.inspect(options.output_dir, plan, mine, options.overwrite)
         results, todo = _resume(options, plan, state, mine, terms)
         output_dir.prepare(options.output_dir, state, complete=not todo.quantize)
-        mine.save(options.output_dir)
-
         journal = _Journal(mine, options)
+        journal.save()
 
         def record(result: ShardResult) -> None:
             recorded = journal.record(result)
@@ -187,7 +186,7 @@ class _Journal:
 
     def __init__(self, mine: Manifest, options: Options) -> None:
         self._manifest, self._options = mine, options
-        self._not_before = 0.0
+        self._saved, self._not_before = False, 0.0
 
     def record(self, result: ShardResult) -> ShardResult:
         """Record a result; returns it with the checksum that an earlier one of that shard had."""
@@ -195,15 +194,19 @@ class _Journal:
         result = replace(result, sha256=result.sha256 or (earlier or {}).get("sha256"))
         verification = _verification(self._options) if result.final else None
         self._manifest.shards[result.name] = manifest.to_record(result, verification)
+        self._saved = False
         if earlier is None or time.monotonic() >= self._not_before:
             self.save()
         return result
 
     def save(self) -> None:
+        """Save what is not saved yet."""
+        if self._saved:
+            return
         begun = time.monotonic()
         self._manifest.save(self._options.output_dir)
         took = time.monotonic() - begun
-        self._not_before = begun + (20 * took if took > 0.2 else 0)
+        self._saved, self._not_before = True, begun + (20 * took if took > 0.2 else 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -173,7 +173,7 @@ def process(
 
     Yields:
         Each shard's result once its file is durable, and again, `final`, when it is verified; once and
-        `final` where that is not asked for. After an error, the former for what was complete before it.
+        `final` where that is not asked for. Before an error is raised, those of what was complete by then.
 
     Args:
         work: what to do, in this order; taken from the iterable one by one, when a worker is free.
@@ -435,9 +435,10 @@ class _Scheduler:
             job.close()
 
     def became_durable(self) -> Iterator[ShardResult]:
-        """Results, not final, of shards that an error elsewhere did not keep from being completed."""
+        """After `stop`: results of shards that an error elsewhere did not keep from being completed."""
+        yield from self._results()
         for job, commit in self.committing:
-            if commit.done() and not commit.cancelled() and not commit.exception() and commit.result():
+            if not commit.exception() and commit.result():
                 yield job.result(final=False)
 
     def _step(self) -> Iterator[ShardResult]:

@@ -233,7 +233,8 @@ def _members(file: TextIO, decoder: json.JSONDecoder) -> Iterator[tuple[str, obj
         nonlocal text, position
         if len(text) - position > _MAX_ENTRY:
             raise ValueError(f"too long an entry after {last}")
-        read = file.read(max(_CHUNK, len(text) - position))
+        # Much more at a time for an entry that is long: each attempt parses it from its beginning.
+        read = file.read(max(_CHUNK, 7 * (len(text) - position)))
         text, position = text[position:] + read, 0
         return bool(read)
 

@@ -105,7 +105,7 @@ def stage(output: Path) -> str:
 def test_killed_before_any_file_operation_it_continues_to_the_same_bytes(
     source: Path, whole: Path, tmp_path: Path
 ) -> None:
-    """Signal 9 before each of about 200 mkdir, open, write, fsync, close, rename and unlink in turn."""
+    """Signal 9 before each of about 280 mkdir, open, write, fsync, close, rename and unlink in turn."""
     watched = quantize(source, tmp_path / "watched", "--checksums", at=At(number=0))
     assert watched.rc == 0
     assert_same(tmp_path / "watched", whole)
@@ -678,8 +678,6 @@ def test_a_lock_that_is_no_file_does_no_harm(make: Callable, source: Path, tmp_p
 # --- interrupted -------------------------------------------------------------------------------
 
 HANGING = "os.kill(os.getpid(), {}); time.sleep(30)"
-SOON = 10
-"""Seconds: it takes one or two here, and a machine may be slow; who waits for what hangs takes 20 or 30."""
 STAGES = {
     "planning": At("open", 1, SHARDS[0], "os.kill(os.getpid(), {})"),
     "making the directory": At("mkdir", 1, "", "os.kill(os.getpid(), {})"),
@@ -706,7 +704,7 @@ def test_a_signal_stops_soon_leaves_no_temporary_file_and_says_how_to_continue(
     at = At(moment.operation, moment.number, moment.where, moment.do.format(int(number)))
     ended = quantize(source, output, "--checksums", at=at)
     assert ended.rc == 128 + number
-    assert ended.seconds < SOON
+    assert ended.seconds < 2
     assert ended.err.splitlines()[-1].startswith("interrupted; run the same command again")
     assert "Traceback" not in ended.err
     assert_nothing_half_done(output, whole)
@@ -722,7 +720,7 @@ def test_a_signal_stops_a_run_whose_disk_hangs(number: signal.Signals, source: P
     output = tmp_path / "out"
     ended = quantize(source, output, at=At("pwrite", 4, SHARDS[1], HANGING.format(int(number))))
     assert ended.rc == 128 + number
-    assert ended.seconds < SOON
+    assert ended.seconds < 3
     assert "run the same command again" in ended.err
     assert quantize(source, output).rc == 0
     assert [name for name in os.listdir(output) if name.startswith(".")] == []
@@ -749,7 +747,7 @@ def test_a_signal_while_python_still_imports(number: signal.Signals, source: Pat
         assert process.returncode == 128 + number
         assert "Traceback" not in err
         assert "run the same command again" in err
-        assert time.monotonic() - began < SOON
+        assert time.monotonic() - began < 2.5
 
 
 def test_a_signal_that_python_drops_is_not_lost(source: Path, tmp_path: Path) -> None:
@@ -771,7 +769,7 @@ fp8lib.job.make_plan = slow
 """
     ended = quantize(source, tmp_path / "out", before=before)
     assert ended.rc == 130
-    assert ended.seconds < SOON
+    assert ended.seconds < 3
     assert "run the same command again" in ended.err
 
 

@@ -1,4 +1,4 @@
-"""The calibration modes: every scale is the one that DESIGN.md's formula, in float64, asks for.
+"""The calibration modes: every scale is the one that the README's formula, in float64, asks for.
 
 Weights are BF16 unless a test says otherwise, as in a checkpoint. All data is seeded.
 """
@@ -753,7 +753,7 @@ def test_mse_meets_brute_force_on_any_small_block(bits: np.ndarray, exponents: l
     assert_searched(weights, a)
 
 
-# --- the facts that DESIGN.md, the docstrings and the bands stand on ---------------------------
+# --- the facts that the README, the docstrings and the bands stand on --------------------------
 
 # 1024 x 1024 weights, 64 blocks: cosines below repeat to about 2e-6 from seed to seed.
 
