@@ -6,19 +6,17 @@ quantize_fp8.py quantizes, the largest magnitude and the mean square of each inp
 """
 
 import argparse
-import sys
 
-from fp8lib import __version__
-from fp8lib.command_line import Command, Parser, path
+from fp8lib.command_line import Command, Parser, natural, path
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+def make_parser() -> Parser:
+    """The parser of this script's flags."""
     parser = Parser(
         prog="collect_activation_stats.py",
         description=__doc__,
         epilog="Exit codes: 0 written, 2 refused or failed, 130 or 143 interrupted. "
         "No partial file is ever left.",
-        allow_abbrev=False,
     )
     group = parser.add_argument_group("input and output")
     group.add_argument("--model_dir", type=path, required=True, help="BF16 checkpoint, with its tokenizer")
@@ -27,26 +25,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="statistics file: *.json, or *.safetensors for large models; replaced if it exists",
     )  # fmt: skip
 
-    group = parser.add_argument_group("prompts")
+    parser.add_prompts()
+
+    group = parser.add_argument_group("generation")
     group.add_argument(
-        "--prompts_file", type=path, metavar="FILE",
-        help="text with a prompt per line, or .jsonl with messages, prompt or text (built-in set)",
-    )  # fmt: skip
-    group.add_argument(
-        "--no_chat_template", action="store_true", help="do not apply the tokenizer's chat template"
-    )
-    group.add_argument(
-        "--max_tokens", type=_natural, metavar="N",
+        "--max_tokens", type=natural, metavar="N",
         help="tokens the model generates per prompt, greedily (256; none with --layerwise)",
-    )  # fmt: skip
-    group.add_argument(
-        "--max_prompt_tokens", type=_positive, default=2048, metavar="N",
-        help="longer prompts are cut to their first N tokens (%(default)s)",
-    )  # fmt: skip
-    group.add_argument(
-        "--batch_size", type=_positive, default=8, metavar="N",
-        help="prompts that run together at most; fewer where together, with padding, they would have more "
-        "than --max_prompt_tokens tokens (%(default)s)",
     )  # fmt: skip
 
     group = parser.add_argument_group("memory")
@@ -60,49 +44,25 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--layerwise the one device to run on (%(default)s: the first GPU, or the CPU)",
     )  # fmt: skip
 
-    group = parser.add_argument_group("other")
-    group.add_argument("--debug", action="store_true", help="show a traceback with an error")
-    group.add_argument("--quiet", action="store_true", help="no progress, no notes; summary and errors only")
-    group.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    return parser.parse_args(arguments)
+    parser.add_others()
+    return parser
 
 
-def _natural(text: str) -> int:
-    if not (text.isascii() and text.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if _natural(text) == 0:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return int(text)
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    flags = make_parser().parse_args(arguments)
+    flags.notes = ()
+    if flags.layerwise and flags.max_tokens:
+        flags.notes = (f"--layerwise runs prompts only: --max_tokens {flags.max_tokens} has no effect",)
+    if flags.max_tokens is None:
+        flags.max_tokens = 256
+    return flags
 
 
 def _run(flags: argparse.Namespace) -> int:
-    from fp8lib.calibration import run
-    from fp8lib.report import Printer
+    from fp8lib.job import collecting
+    from fp8lib.terminal import Talk
 
-    def warn(text: str) -> None:
-        if not flags.quiet:
-            print(f"note: {text}", file=sys.stderr)
-
-    if flags.layerwise and flags.max_tokens:
-        warn(f"--layerwise runs prompts only: --max_tokens {flags.max_tokens} has no effect")
-    options = run.Options(
-        model_dir=flags.model_dir,
-        output=flags.output,
-        prompts_file=flags.prompts_file,
-        chat_template=not flags.no_chat_template,
-        max_tokens=256 if flags.max_tokens is None else flags.max_tokens,
-        max_prompt_tokens=flags.max_prompt_tokens,
-        batch_size=flags.batch_size,
-        device_map=flags.device_map,
-        layerwise=flags.layerwise,
-        quiet=flags.quiet,
-        debug=flags.debug,
-    )
-    run.run(options, Printer(sys.stdout), warn)
+    collecting.run(flags, Talk.to_terminal(flags.quiet))
     return 0
 
 

@@ -2,11 +2,9 @@
 """Turn a BF16 Qwen3.5/3.6 checkpoint into a block-wise FP8 one that vLLM and SGLang serve."""
 
 import argparse
-import sys
 
-from fp8lib import __version__
-from fp8lib.command_line import Command, Parser, path
-from fp8lib.modes import MODES, PHASES, Calibration
+from fp8lib.command_line import Command, Parser, path, positive
+from fp8lib.numerics.modes import MODES, PHASES, Calibration
 
 MODE_FLAGS = (
     ("rms", "--rms_factor"),
@@ -17,13 +15,13 @@ MODE_FLAGS = (
 """Flags that only one mode looks at."""
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+def make_parser() -> Parser:
+    """The parser of this script's flags."""
     parser = Parser(
         prog="quantize_fp8.py",
         description=__doc__,
         epilog="Exit codes: 0 GOOD or WARN, 1 verification FAILed, 2 refused or failed, "
         "130 or 143 interrupted.",
-        allow_abbrev=False,
     )
     group = parser.add_argument_group("input and output")
     group.add_argument("--input_dir", type=path, required=True, help="checkpoint to quantize")
@@ -63,7 +61,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--device", default="auto", help="auto, cpu, cuda or cuda:N (auto: CUDA when there is one)"
     )
     group.add_argument(
-        "--workers", type=int, metavar="N", help="worker threads (one per core, at most 4 on CUDA)"
+        "--workers", type=positive, metavar="N", help="worker threads (one per core, at most 4 on CUDA)"
     )
 
     group = parser.add_argument_group("verification")
@@ -82,31 +80,32 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--dry_run", action="store_true", help="print the plan from headers alone, write nothing"
     )
-    group.add_argument("--debug", action="store_true", help="show a traceback with an error")
-    group.add_argument("--quiet", action="store_true", help="no progress, no notes; summary and errors only")
-    group.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    options = parser.parse_args(arguments)
-    if options.output_dir is None and not options.dry_run:
+    parser.add_others(group)
+    return parser
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser()
+    flags = parser.parse_args(arguments)
+    if flags.output_dir is None and not flags.dry_run:
         parser.error("the following arguments are required: --output_dir")
-    if options.skip_verify and options.verify_only:
+    if flags.skip_verify and flags.verify_only:
         parser.error("argument --verify_only: not allowed with argument --skip_verify")
-    if options.dry_run and options.verify_only:
+    if flags.dry_run and flags.verify_only:
         parser.error("argument --verify_only: not allowed with argument --dry_run")
-    if options.workers is not None and options.workers < 1:
-        parser.error("argument --workers: must be 1 or more")
-    options.notes = tuple(
-        f"{flag} has no effect with --calib_mode {options.calib_mode}"
+    flags.notes = tuple(
+        f"{flag} has no effect with --calib_mode {flags.calib_mode}"
         for mode, flag in MODE_FLAGS
-        if mode != options.calib_mode and getattr(options, flag[2:]) != parser.get_default(flag[2:])
+        if mode != flags.calib_mode and getattr(flags, flag[2:]) != parser.get_default(flag[2:])
     )
-    options.calibration = Calibration(
-        mode=options.calib_mode,
-        rms_factor=options.rms_factor,
-        rms_saturate=options.rms_saturate,
-        percentile=options.calib_percentile,
-        mse_grid_size=options.mse_grid_size,
+    flags.calibration = Calibration(
+        mode=flags.calib_mode,
+        rms_factor=flags.rms_factor,
+        rms_saturate=flags.rms_saturate,
+        percentile=flags.calib_percentile,
+        mse_grid_size=flags.mse_grid_size,
     )
-    return options
+    return flags
 
 
 def _samples(text: str) -> int | None:
@@ -118,32 +117,11 @@ def _samples(text: str) -> int | None:
 
 
 def _run(flags: argparse.Namespace) -> int:
-    from fp8lib import job, report
-    from fp8lib.health import Zone
+    from fp8lib.job.run import run
+    from fp8lib.terminal import Talk
+    from fp8lib.verification.health import Zone
 
-    def warn(text: str) -> None:
-        if not flags.quiet:
-            print(f"note: {text}", file=sys.stderr)
-
-    options = job.Options(
-        input_dir=flags.input_dir,
-        output_dir=flags.output_dir,
-        calibration=flags.calibration,
-        overwrite=flags.overwrite,
-        activation_stats=flags.activation_stats,
-        device=flags.device,
-        workers=flags.workers,
-        verify_samples=flags.verify_samples,
-        verify=not flags.skip_verify,
-        verify_only=flags.verify_only,
-        seed=flags.seed,
-        checksums=flags.checksums,
-        dry_run=flags.dry_run,
-        quiet=flags.quiet,
-        notes=flags.notes,
-    )
-    verdict = job.run(options, job.Talk(report.Printer(sys.stdout), warn))
-    return 1 if verdict is Zone.FAIL else 0
+    return 1 if run(flags, Talk.to_terminal(flags.quiet)) is Zone.FAIL else 0
 
 
 COMMAND = Command(

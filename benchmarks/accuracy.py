@@ -22,12 +22,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import machine
-from fp8lib.e4m3 import dequantize
-from fp8lib.modes import Calibration
-from fp8lib.rules import fusion_group
-from fp8lib.scales import quantize_blocks
-from fp8lib.stats import MAXIMUM, MEAN_SQUARE, Statistics
-from fp8lib.verify import combine, measure
+from fp8lib.calibration.statistics_file import MAXIMUM, MEAN_SQUARE, Statistics
+from fp8lib.checkpoint.rules import fusion_group
+from fp8lib.numerics.e4m3 import dequantize
+from fp8lib.numerics.modes import Calibration
+from fp8lib.numerics.scales import quantize_blocks
+from fp8lib.verification.measure import combine, measure
 
 MODES = {
     "max": Calibration("max"),

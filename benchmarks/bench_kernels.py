@@ -20,11 +20,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import machine
-from fp8lib.devices import choose_device, cores_of_rank
-from fp8lib.lanes import keep_freed_memory
-from fp8lib.modes import Calibration
-from fp8lib.pipeline import CPU_PIECE, CUDA_PIECE, rows_per_piece
-from fp8lib.scales import quantize_blocks
+from fp8lib.numerics.modes import Calibration
+from fp8lib.numerics.scales import quantize_blocks
+from fp8lib.streaming.devices import choose_device, cores_of_rank
+from fp8lib.streaming.lanes import keep_freed_memory
+from fp8lib.streaming.shard_job import CPU_PIECE, CUDA_PIECE
+from fp8lib.streaming.units import rows_per_piece
 
 _RESIDENT = 256 << 20
 """Bytes of weights each thread walks through."""

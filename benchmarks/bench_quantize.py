@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checkpoints
 import machine
-from fp8lib.checkpoint import open_checkpoint
-from fp8lib.plan import make_plan
+from fp8lib.checkpoint.directory import open_checkpoint
+from fp8lib.checkpoint.plan import make_plan
 
 QUANTIZE = Path(__file__).resolve().parent.parent / "quantize_fp8.py"
 PEER = """

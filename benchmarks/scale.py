@@ -29,10 +29,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checkpoints
 import machine
-from fp8lib import devices, pipeline
-from fp8lib.checkpoint import open_checkpoint
-from fp8lib.modes import Calibration
-from fp8lib.plan import Passthrough, Plan, make_plan, to_json
+from fp8lib.checkpoint.directory import open_checkpoint
+from fp8lib.checkpoint.layout import Passthrough
+from fp8lib.checkpoint.plan import Plan, make_plan, to_json
+from fp8lib.numerics.modes import Calibration
+from fp8lib.streaming import devices, pipeline, shard_job, units
 
 QUANTIZE = Path(__file__).resolve().parent.parent / "quantize_fp8.py"
 PER_EXPERT = ", per expert"
@@ -66,7 +67,7 @@ def main() -> None:
     rate = flags.rate_gbps or measure_rate(flags.folder / "rate", flags.device, flags.repeat)
     source = "given" if flags.rate_gbps else "measured here"
     ranks = [int(n) for n in flags.ranks.split(",")]
-    piece = pipeline.CUDA_PIECE if flags.piece == "cuda" else pipeline.CPU_PIECE
+    piece = shard_job.CUDA_PIECE if flags.piece == "cuda" else shard_job.CPU_PIECE
     planning, division, prediction = [], [], []
     for name in flags.models.split(";"):
         folder = flags.folder / name.replace(", ", "-").replace(" ", "-")
@@ -169,9 +170,9 @@ def unit_sizes(plan: Plan, ranks: int, piece: int) -> list[int]:
     return [
         sum(
             last - first if isinstance(item, Passthrough) else (last - first) * item.input_row_bytes
-            for item, first, last in pipeline.pieces(unit, piece)
+            for item, first, last in units.pieces(unit, piece)
         )
-        for unit in pipeline.divide(list(plan.shards), ranks, whole=False)
+        for unit in units.divide(list(plan.shards), ranks, whole=False)
     ]
 
 
@@ -211,16 +212,14 @@ def measure_rate(folder: Path, device: str, repeat: int) -> float:
     checkpoints.write(folder / "in", replace(checkpoints.BENCHMARK, layers=2), 4)
     plan = make_plan(open_checkpoint(folder / "in"))
     target = devices.choose_device(device)
-    settings = pipeline.Settings(Calibration(), None, target, devices.default_workers(target), verify=False)
+    settings = shard_job.Settings(Calibration(), target, devices.default_workers(target))
     rates = []
     for _ in range(repeat):
         shutil.rmtree(folder / "out", ignore_errors=True)
         (folder / "out").mkdir()
         os.sync()  # what the one before left unwritten must not slow this one
         start = time.perf_counter()
-        for _ in pipeline.process(
-            pipeline.divide(list(plan.shards), 1, whole=False), folder / "out", settings
-        ):
+        for _ in pipeline.process(units.divide(list(plan.shards), 1, whole=False), folder / "out", settings):
             pass
         rates.append(sum(s.input_bytes for s in plan.shards) / (time.perf_counter() - start) / 1e9)
     shutil.rmtree(folder)

@@ -13,18 +13,56 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from fp8lib import Fp8Error
-from fp8lib.ranks import refuse_together
+from fp8lib import Fp8Error, __version__
+from fp8lib.job.ranks import refuse_together
 
 _PATIENCE = 1.5
 """Seconds after a signal until the process ends, whatever a slow disk still keeps it from."""
 
 
 class Parser(argparse.ArgumentParser):
-    """Refuses a wrong flag the way everything else is refused."""
+    """A script's parser, without its last group of flags, which both scripts have.
+
+    Refuses a wrong flag the way everything else is refused.
+
+    Args:
+        prog, description, epilog: as argparse's.
+    """
+
+    def __init__(self, prog: str, description: str, epilog: str) -> None:
+        super().__init__(prog=prog, description=description, epilog=epilog, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         raise Fp8Error(f"{message}; see --help")
+
+    def add_prompts(self) -> None:
+        """The flags that choose prompts and how they run."""
+        group = self.add_argument_group("prompts")
+        group.add_argument(
+            "--prompts_file", type=path, metavar="FILE",
+            help="text with a prompt per line, or .jsonl with messages, prompt or text (built-in set)",
+        )  # fmt: skip
+        group.add_argument(
+            "--no_chat_template", action="store_true", help="do not apply the tokenizer's chat template"
+        )
+        group.add_argument(
+            "--max_prompt_tokens", type=positive, default=2048, metavar="N",
+            help="longer prompts are cut to their first N tokens (%(default)s)",
+        )  # fmt: skip
+        group.add_argument(
+            "--batch_size", type=positive, default=8, metavar="N",
+            help="prompts that run together at most; fewer where together, with padding, they would have "
+            "more than --max_prompt_tokens tokens (%(default)s)",
+        )  # fmt: skip
+
+    def add_others(self, group: argparse._ArgumentGroup | None = None) -> None:
+        """The flags that every script ends with; `group` may hold some of the script's own already."""
+        group = group or self.add_argument_group("other")
+        group.add_argument("--debug", action="store_true", help="show a traceback with an error")
+        group.add_argument(
+            "--quiet", action="store_true", help="no progress, no notes; summary and errors only"
+        )
+        group.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
 
 
 def path(text: str) -> Path:
@@ -32,6 +70,20 @@ def path(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("is empty")
     return Path(text)
+
+
+def natural(text: str) -> int:
+    """A flag's value as a whole number from 0 on."""
+    if not (text.isascii() and text.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    """A flag's value as a whole number from 1 on."""
+    if natural(text) == 0:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return int(text)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,12 +5,13 @@ from pathlib import Path
 import torch
 import transformers
 
-from fp8lib.calibration import coverage, whole_model
+from fp8lib.calibration import coverage
 from fp8lib.calibration.input_statistics import InputStatistics
-from fp8lib.calibration.prompts import make_batches
 from fp8lib.calibration.recording import Recorder
-from fp8lib.checkpoint import open_checkpoint
-from fp8lib.plan import Plan, make_plan
+from fp8lib.checkpoint.directory import open_checkpoint
+from fp8lib.checkpoint.plan import Plan, make_plan
+from fp8lib.model import whole_model
+from fp8lib.model.prompts import make_batches
 
 KINDS = [
     ("moe", "fused", "model.language_model."),

@@ -180,10 +180,6 @@ def _serve() -> None:
     sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
     import torch  # noqa: F401
 
-    import fp8lib.job
-    import fp8lib.pairing
-    import fp8lib.pipeline  # noqa: F401
-
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     for line in sys.stdin:
         if os.fork() == 0:

@@ -13,10 +13,11 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from calibration_runs import KINDS, NO_LIMIT, PAD, collect, entries_of, plan_of, prompts_of
 from fp8lib import Fp8Error
-from fp8lib.calibration import coverage, whole_model
+from fp8lib.calibration import coverage
 from fp8lib.calibration.input_statistics import InputStatistics, Sums, input_of, pack, unpack
-from fp8lib.calibration.prompts import Batch, make_batches
 from fp8lib.calibration.recording import Recorder
+from fp8lib.model import whole_model
+from fp8lib.model.prompts import Batch, make_batches
 
 LINEARS = {  # the module that sees an input first -> the weights it feeds
     "linear_attn.in_proj_qkv": ["linear_attn.in_proj_qkv", "linear_attn.in_proj_z"],

@@ -9,8 +9,10 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from fp8lib import Fp8Error, stats
-from fp8lib.stats import Entry, Statistics, StatisticsWriter
+from fp8lib import Fp8Error
+from fp8lib.calibration import statistics_writer
+from fp8lib.calibration.statistics_file import SUFFIXES, Statistics
+from fp8lib.calibration.statistics_writer import Entry, StatisticsWriter
 
 PROVENANCE = {"model_type": "qwen3_5_moe", "prompts": 39, "prompts_file": "frågor.jsonl"}
 EXPERTS = "model.language_model.layers.0.mlp.experts"
@@ -41,7 +43,7 @@ def some_entries() -> dict[str, Entry]:
     return entries
 
 
-@pytest.mark.parametrize("suffix", stats.SUFFIXES)
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_the_quantizer_reads_what_is_written(tmp_path, suffix):
     path = tmp_path / f"calib{suffix}"
     entries = some_entries()
@@ -88,9 +90,9 @@ def test_safetensors_hold_the_same_under_the_names_with_the_statistic_behind(tmp
         assert file.metadata() == {k: str(v) for k, v in PROVENANCE.items()}
 
 
-@pytest.mark.parametrize("suffix", stats.SUFFIXES)
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_large_mixture_of_experts_is_thinned_without_loss_to_the_quantizer(tmp_path, suffix, monkeypatch):
-    monkeypatch.setattr(stats, "THIN_ABOVE", 1000)
+    monkeypatch.setattr(statistics_writer, "THIN_ABOVE", 1000)
     path = tmp_path / f"calib{suffix}"
     entries = some_entries()
     write_statistics(path, entries, PROVENANCE)
@@ -113,13 +115,15 @@ def test_a_35b_file_stays_under_300_mb(tmp_path, monkeypatch):
         for projection, channels, middle in (("gate", 2048, -4), ("up", 2048, -4), ("down", 512, -7)):
             values = np.exp(draw.normal(middle, 1.2, channels)).astype(np.float32)
             entries[f"{EXPERTS}.{e}.{projection}_proj.weight"] = Entry(values, values, 1000)
-    assert 2 * (40 * 256 / 16) * sum(e.mean_square.size for e in entries.values()) > stats.THIN_ABOVE
-    monkeypatch.setattr(stats, "THIN_ABOVE", 0)
+    assert (
+        2 * (40 * 256 / 16) * sum(e.mean_square.size for e in entries.values()) > statistics_writer.THIN_ABOVE
+    )
+    monkeypatch.setattr(statistics_writer, "THIN_ABOVE", 0)
     write_statistics(tmp_path / "calib.json", entries, {})
     assert (tmp_path / "calib.json").stat().st_size * (40 * 256 / 16) < 300e6
 
 
-@pytest.mark.parametrize("suffix", stats.SUFFIXES)
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_an_older_file_stays_whole_when_writing_fails(tmp_path, suffix, monkeypatch):
     path = tmp_path / f"calib{suffix}"
     path.write_text("older")
@@ -127,16 +131,16 @@ def test_an_older_file_stays_whole_when_writing_fails(tmp_path, suffix, monkeypa
     def full(self, offset: int, data: bytes) -> None:
         raise Fp8Error("the disk is full")
 
-    monkeypatch.setattr(stats.ShardWriter, "write", full)
+    monkeypatch.setattr(statistics_writer.ShardWriter, "write", full)
     with pytest.raises(Fp8Error, match="full"):
         write_statistics(path, some_entries(), PROVENANCE)
     assert path.read_text() == "older"
 
 
-@pytest.mark.parametrize("suffix", stats.SUFFIXES)
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_an_interrupted_write_leaves_nothing(tmp_path, suffix, monkeypatch):
     path = tmp_path / f"calib{suffix}"
-    write = stats.ShardWriter.write
+    write = statistics_writer.ShardWriter.write
     calls = []
 
     def interrupted(self, offset: int, data: bytes) -> None:
@@ -145,7 +149,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, suffix, monkeypatch):
             raise KeyboardInterrupt
         write(self, offset, data)
 
-    monkeypatch.setattr(stats.ShardWriter, "write", interrupted)
+    monkeypatch.setattr(statistics_writer.ShardWriter, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_statistics(path, some_entries(), PROVENANCE)
     assert list(tmp_path.iterdir()) == []
@@ -178,7 +182,7 @@ def test_what_a_killed_run_left_is_removed(tmp_path):
     assert sorted(tmp_path.iterdir()) == [other, path]
 
 
-@pytest.mark.parametrize("suffix", stats.SUFFIXES)
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_two_runs_that_write_the_same_file_leave_one_of_theirs(tmp_path, suffix):
     path, entries = tmp_path / f"calib{suffix}", some_entries()
     write_statistics(path, entries, {"run": 1})

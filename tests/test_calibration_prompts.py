@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from fp8lib import Fp8Error
-from fp8lib.calibration.prompts import BUILT_IN, make_batches, read_prompts, require_tokenizer, tokenize
+from fp8lib.model.prompts import BUILT_IN, make_batches, read_prompts, require_tokenizer, tokenize
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from conftest import SCRIPT, Result
 from fp8lib import Fp8Error, __version__
-from fp8lib.modes import MODES, Calibration
+from fp8lib.numerics.modes import MODES, Calibration
 from tiny_checkpoints import tensors
 
 ESCAPE = "\033["

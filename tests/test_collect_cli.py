@@ -25,9 +25,9 @@ import collect_activation_stats
 import quantize_fp8
 import tiny_checkpoints
 from calibration_runs import collect, entries_of, plan_of, prompts_of
-from fp8lib.calibration import memory, whole_model
-from fp8lib.e4m3 import dequantize
-from fp8lib.stats import Statistics
+from fp8lib.calibration.statistics_file import Statistics
+from fp8lib.model import memory, whole_model
+from fp8lib.numerics.e4m3 import dequantize
 
 SCRIPT = Path(collect_activation_stats.__file__).resolve()
 TEXTS = ["The tide turns twice a day.", "def f(x):\n    return x + 1", "Was ist eine Mühle?", "1, 2, 3"]

@@ -25,7 +25,7 @@ if fault == "other prompts" and rank == "1":
     Path("other.txt").write_text("Something else.")
     sys.argv += ["--prompts_file", "other.txt"]
 if fault == "kill" and rank == os.environ["IN"]:
-    from fp8lib.calibration.report import Progress
+    from fp8lib.model.progress import Progress
     label, mark = Progress.label, Path(f"killed")
     def killing(self, text):
         if text.startswith("layer 3/") and not mark.exists():

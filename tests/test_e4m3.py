@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import e4m3_reference as reference
-from fp8lib import e4m3
-from fp8lib.rules import blocks
+from fp8lib.numerics import e4m3
+from fp8lib.numerics.blocks import blocks
 
 # Whole blocks, less than one, and ragged ends on either side or both.
 SHAPES = [(128, 128), (256, 384), (1, 1), (70, 128), (128, 33), (129, 257), (200, 300)]

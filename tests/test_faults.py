@@ -356,9 +356,9 @@ def test_an_error_of_the_disk_is_named_with_a_way_out(
 )  # fmt: skip
 def test_memory_that_is_not_there_is_called_that(error: str, source: Path, tmp_path: Path) -> None:
     before = f"""
-import errno, fp8lib.job
+import errno, fp8lib.job.run
 def fail(*arguments): raise {error}
-fp8lib.job.make_plan = fail
+fp8lib.job.run.make_plan = fail
 """
     assert_refused(quantize(source, tmp_path / "out", before=before), "out of memory", "--workers")
 
@@ -591,7 +591,7 @@ def slow_disk(tmp_path: Path) -> Iterator[str]:
     ("writes", "operation", "number"),
     [
         # The page cache's backlog is made small, as the checkpoint is.
-        ("fp8lib.direct._FILE_SYSTEMS = {}; fp8lib.writer._BACKLOG = 2_000_000", "fsync", 1),
+        ("direct._FILE_SYSTEMS = {}; writer._BACKLOG = 2_000_000", "fsync", 1),
         ("pass", "pwrite", 300),
     ],
     ids=["through the page cache", "directly"],
@@ -609,7 +609,7 @@ def term():
     os.kill(os.getpid(), signal.SIGTERM)
 threading.Timer(0.2, term).start()  # when it waits already
 """
-    before = f"{slow_disk}; import fp8lib.direct, fp8lib.writer; {writes}"
+    before = f"{slow_disk}; from fp8lib.streaming import direct, writer; {writes}"
     ended = quantize(source, output, before=before, at=At(operation, number, ".safetensors", term))
     assert ended.rc == 128 + signal.SIGTERM
     assert time.time() - (tmp_path / "when").stat().st_mtime < 2

@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 import quantize_fp8
-from fp8lib.checkpoint import ITEM_SIZE
+from fp8lib.checkpoint.headers import ITEM_SIZE
 
 CASES = int(os.environ.get("FP8_FUZZ_CASES", 0))
 CONFIG, INDEX, MANIFEST, SUMS = (

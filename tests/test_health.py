@@ -9,7 +9,9 @@ import torch
 
 import e4m3_reference as reference
 import quantize_fp8
-from fp8lib.health import (
+from fp8lib.numerics.modes import Calibration
+from fp8lib.numerics.scales import quantize_blocks
+from fp8lib.verification.health import (
     AT_FORMAT_LIMIT,
     BANDS,
     COSINE,
@@ -23,9 +25,7 @@ from fp8lib.health import (
     max_or_nan,
     zone_of,
 )
-from fp8lib.modes import Calibration
-from fp8lib.scales import quantize_blocks
-from fp8lib.verify import combine, measure
+from fp8lib.verification.measure import combine, measure
 
 GOOD, WARN, FAIL = Zone.GOOD, Zone.WARN, Zone.FAIL
 MODES_THAT_DO_NOT_CLIP = ("rms", "max", "percentile", "mse")  # rms as it is, percentile at 100

@@ -17,12 +17,13 @@ from safetensors.torch import load_file, save_file
 import tiny_checkpoints
 from calibration_runs import KINDS, NO_LIMIT, PAD, NoProgress, collect, plan_of, prompts_of
 from fp8lib import Fp8Error
-from fp8lib.calibration import layerwise
 from fp8lib.calibration.input_statistics import InputStatistics
-from fp8lib.calibration.prompts import Batch, make_batches
 from fp8lib.calibration.recording import Recorder
-from fp8lib.checkpoint import ITEM_SIZE, Checkpoint, open_checkpoint
-from fp8lib.lanes import Files
+from fp8lib.checkpoint.directory import Checkpoint, open_checkpoint
+from fp8lib.checkpoint.headers import ITEM_SIZE
+from fp8lib.model import layerwise
+from fp8lib.model.prompts import Batch, make_batches
+from fp8lib.streaming.lanes import Files
 
 ROOT = Path(layerwise.__file__).parents[2]
 

@@ -15,12 +15,18 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fp8lib import __version__, direct, writer
-from fp8lib.checkpoint import open_checkpoint
-from fp8lib.modes import MODES, Calibration
-from fp8lib.pipeline import Settings, divide, process
-from fp8lib.plan import make_plan
-from fp8lib.stats import Statistics
+from fp8lib import __version__
+from fp8lib.calibration.statistics_file import Statistics
+from fp8lib.checkpoint.directory import open_checkpoint
+from fp8lib.checkpoint.layout import ShardPlan
+from fp8lib.checkpoint.plan import make_plan
+from fp8lib.numerics.modes import MODES, Calibration
+from fp8lib.streaming import direct, writer
+from fp8lib.streaming.pipeline import process
+from fp8lib.streaming.shard_job import Settings
+from fp8lib.streaming.units import divide
+from fp8lib.verification.pairing import planned_pairs
+from fp8lib.verification.shard_check import ShardCheck
 from tiny_checkpoints import logits, mean_kl, tensors
 
 FP8 = torch.float8_e4m3fn
@@ -607,14 +613,19 @@ def test_the_size_of_a_piece_changes_no_byte_and_no_measurement(
     source = checkpoint("text", hidden_size=448, intermediate_size=1024)  # down_proj: [448, 1024]
     plan = make_plan(open_checkpoint(source))
     statistics = Statistics(statistics_file(tmp_path, source))
+
+    def check(shard: ShardPlan, path: Path) -> ShardCheck:
+        return ShardCheck(shard.name, planned_pairs(shard, path), [], samples=None, seed=0)
+
     found = []
     for piece in (0, 1, 256 * 1024 + 1, 2**40):  # default, one row of blocks, two of them, all at once
         folder = tmp_path / str(piece)
         folder.mkdir()
-        settings = Settings(Calibration(mode), statistics, torch.device("cpu"), 2, None, piece=piece)
-        results = list(process(divide(list(plan.shards), 1, False), folder, settings))
-        found.append((files(folder), [result for result in results if result.final]))
-    assert len(found[0][1][0].measurements) == len(plan.shards[0].matrices)  # all, as verify_samples=None
+        settings = Settings(Calibration(mode), torch.device("cpu"), 2, statistics.importance, piece=piece)
+        work = divide(list(plan.shards), 1, False)
+        done = [each for each in process(work, folder, settings, check=check) if each.final]
+        found.append((files(folder), [each.check.measurements() for each in done]))
+    assert len(found[0][1][0]) == len(plan.shards[0].matrices)
     assert all(other == found[0] for other in found)
 
 

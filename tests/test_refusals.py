@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 
 from conftest import Result
 from fp8lib import Fp8Error
-from fp8lib.checkpoint import open_checkpoint
-from fp8lib.plan import make_plan
+from fp8lib.checkpoint.directory import open_checkpoint
+from fp8lib.checkpoint.plan import make_plan
 
 INDEX = "model.safetensors.index.json"
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"

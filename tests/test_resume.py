@@ -758,14 +758,14 @@ class Swallows:
     def __del__(self):
         os.kill(os.getpid(), signal.SIGINT)
         for _ in range(1000): pass
-import fp8lib.job
-real = fp8lib.job.make_plan
+import fp8lib.job.run
+real = fp8lib.job.run.make_plan
 def slow(checkpoint):
     import time
     Swallows()
     time.sleep(20)
     return real(checkpoint)
-fp8lib.job.make_plan = slow
+fp8lib.job.run.make_plan = slow
 """
     ended = quantize(source, tmp_path / "out", before=before)
     assert ended.rc == 130

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import e4m3_reference as reference
-import fp8lib.scales as kernels
-from fp8lib import e4m3
-from fp8lib.modes import MODES, PHASES, Calibration
-from fp8lib.scales import block_scales, quantize_blocks
+from fp8lib.numerics import e4m3, exact, scales
+from fp8lib.numerics import mse as kernels
+from fp8lib.numerics.modes import MODES, PHASES, Calibration
+from fp8lib.numerics.scales import block_scales, quantize_blocks
 
 # Whole blocks, less than one, and ragged ends on either side or both.
 SHAPES = [(128, 128), (256, 384), (70, 128), (128, 33), (200, 300)]
@@ -427,9 +427,9 @@ def test_mse_clips_an_outlier_in_a_channel_that_hardly_matters():
 def test_mse_counts_alike_however_many_blocks_at_a_time(statistics: str):
     # A CPU counts 16 blocks at a time, with 16-bit indices; CUDA all of a piece, with 32-bit indices.
     weights, a = mixed((384, 1280)).bfloat16(), STATISTICS[statistics](1280)
-    codes = kernels._codes(weights)
-    amax = kernels._block_amax(weights, codes)
-    importance = None if a is None else kernels._as_integers(kernels._per_block_column(a))[0]
+    codes = exact.magnitude_bits(weights)
+    amax = scales._block_amax(weights, codes)
+    importance = None if a is None else kernels._as_integers(kernels.per_block_column(a))[0]
     all_at_once = kernels._histograms(codes, amax, importance, 30)
     for group in (1, 7, 16):
         some = kernels._histograms(codes, amax, importance, group)

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch
 
 from fp8lib import Fp8Error
-from fp8lib.stats import Statistics
+from fp8lib.calibration.statistics_file import Statistics
 
 WEIGHT = "model.layers.0.mlp.down_proj.weight"
 EXPERTS = "model.layers.1.mlp.experts"

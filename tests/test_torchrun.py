@@ -23,8 +23,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import quantize_fp8
-from fp8lib.output_dir import Lock, await_lock
-from fp8lib.writer import ShardWriter
+from fp8lib.job.output_dir import Lock, await_lock
+from fp8lib.streaming.writer import ShardWriter
 
 SCRIPT = Path(quantize_fp8.__file__).resolve()
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
@@ -36,7 +36,7 @@ RANK = f"""
 import atexit, json, os, runpy, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, {str(SCRIPT.parent)!r})
-from fp8lib import output_dir, ranks, report
+from fp8lib.job import output_dir, progress as bar, ranks
 
 records, rank = Path(os.environ["RECORDS"]), os.environ["RANK"]
 attempt = len(list(records.glob(f"started-{{rank}}-*")))
@@ -78,10 +78,10 @@ def finished():
     manifest = Path(sys.argv[sys.argv.index("--output_dir") + 1], "fp8_quantization.json")
     return len(json.loads(manifest.read_text())["shards"])
 
-def show(self, name, total, show=report.Progress.show):
+def show(self, name, total, show=bar.Progress.show):
     note("progress", total)
     show(self, name, total)
-report.Progress.show = show
+bar.Progress.show = show
 
 time.sleep(float(os.environ.get("LATE", 0)))
 try:

@@ -15,12 +15,14 @@ from safetensors.torch import save_file
 
 import e4m3_reference as reference
 from fp8lib import Fp8Error
-from fp8lib.checkpoint import read_shard
-from fp8lib.health import Measurement, Zone, zone_of
-from fp8lib.modes import Calibration
-from fp8lib.plan import Passthrough, ShardPlan
-from fp8lib.scales import quantize_blocks
-from fp8lib.verify import Errors, combine, measure, sample, structural_problems
+from fp8lib.checkpoint.headers import read_shard
+from fp8lib.checkpoint.layout import Passthrough, ShardPlan
+from fp8lib.numerics.modes import Calibration
+from fp8lib.numerics.scales import quantize_blocks
+from fp8lib.verification.health import Measurement, Zone, zone_of
+from fp8lib.verification.measure import Errors, combine, measure
+from fp8lib.verification.pairing import structural_problems
+from fp8lib.verification.shard_check import sample
 
 ROOT = Path(__file__).parent.parent
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

@@ -21,8 +21,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from fp8lib.calibration.input_statistics import InputStatistics, input_of
-from fp8lib.plan import Plan
-from fp8lib.stats import Entry
+from fp8lib.calibration.statistics_writer import Entry
+from fp8lib.checkpoint.plan import Plan
 
 ENOUGH = 64
 """Tokens from which on an expert's own statistics are used, see above."""

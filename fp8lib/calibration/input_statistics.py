@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from safetensors.numpy import load, save
 
-from fp8lib.rules import fusion_group, one_expert_part
+from fp8lib.checkpoint.rules import fusion_group, one_expert_part
 
 _PARTS = ("maximum", "squares", "tokens")
 _PIECE = 1 << 22

@@ -25,9 +25,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from fp8lib import Fp8Error
 from fp8lib.calibration.input_statistics import InputStatistics, Sums, down_input, input_of
-from fp8lib.checkpoint import printable
-from fp8lib.plan import Plan
-from fp8lib.stats import canonical
+from fp8lib.checkpoint.plan import Plan
+from fp8lib.checkpoint.rules import canonical
+from fp8lib.checkpoint.untrusted import printable
 
 
 class Recorder:

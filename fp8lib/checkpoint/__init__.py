@@ -1,0 +1,12 @@
+"""What is in a checkpoint directory and what will be in the output. Reads no tensor data, imports no torch.
+
+untrusted  names, links and JSON that may lie
+headers    one safetensors file's header
+directory  one checkpoint directory
+rules      which tensor is quantized, which is kept and why, what engines fuse
+experts    whether a layer's experts fit together
+layout     every byte's place in an output shard
+plan       the whole output, decided from headers
+
+May import `numerics.blocks`, which is free of torch too.
+"""

@@ -1,0 +1,162 @@
+"""Where every byte of an output shard goes: names, dtypes, shapes, source rows, file offsets.
+
+An output shard holds what its input shard held, a fused expert tensor as one matrix per expert and
+projection. It is laid out so that it can be written front to back while the input is read front to back,
+with every tensor aligned to its dtype: first what is kept, by element size, then the FP8 weights (whose
+rows are multiples of 128 bytes), then their scales, then what is kept of one-byte dtypes.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fp8lib.checkpoint.headers import ITEM_SIZE, Shard, Tensor
+from fp8lib.checkpoint.rules import expert_weight, fused_experts_part, fusion_group
+from fp8lib.numerics.blocks import blocks
+
+PAGE = 4096
+"""Bytes of a page. Direct I/O takes whole ones: no disk's sector is larger."""
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A weight matrix to quantize.
+
+    Attributes:
+        dtype: the input's: BF16, F16 or F32.
+        start: offset of its first byte in the input shard; its rows are contiguous.
+        rows, columns: output and input features.
+        weight: F8_E4M3 [rows, columns], in the output shard.
+        scale: BF16 [ceil(rows/128), ceil(columns/128)], in the output shard.
+    """
+
+    dtype: str
+    start: int
+    rows: int
+    columns: int
+    weight: Tensor
+    scale: Tensor
+
+    @property
+    def input_row_bytes(self) -> int:
+        return self.columns * ITEM_SIZE[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Passthrough:
+    """Bytes copied as they are: `output.nbytes` bytes from `start` of the input shard."""
+
+    start: int
+    output: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlan:
+    """One output shard: its header's bytes, and what goes where behind it."""
+
+    source: Shard
+    header: bytes
+    matrices: tuple[Matrix, ...]
+    passthrough: tuple[Passthrough, ...]
+    size: int
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def input_bytes(self) -> int:
+        """Bytes of tensor data it reads."""
+        return sum(t.nbytes for t in self.source.tensors)
+
+    def outputs(self) -> Iterator[Tensor]:
+        """Every tensor of the shard, in the order of the file."""
+        found = [p.output for p in self.passthrough]
+        for matrix in self.matrices:
+            found += (matrix.weight, matrix.scale)
+        return iter(sorted(found, key=lambda o: (o.start, o.nbytes)))
+
+
+def matrices_of(tensor: Tensor) -> list[tuple[str, int, int]]:
+    """(output name, rows, columns) of each matrix the rules would quantize in a tensor, in byte order."""
+    if part := fused_experts_part(tensor.name):
+        experts, projection = part
+        if len(tensor.shape) != 3:
+            return []
+        count, rows, columns = tensor.shape
+        names = ("gate_proj", "up_proj") if projection == "gate_up_proj" else ("down_proj",)
+        return [
+            (expert_weight(experts, e, name), rows // len(names), columns)
+            for e in range(count)
+            for name in names
+        ]
+    if fusion_group(tensor.name) and len(tensor.shape) == 2:
+        return [(tensor.name, *tensor.shape)]
+    return []
+
+
+def plan_shard(shard: Shard, kept_names: set[str]) -> ShardPlan:
+    drafts: list[_Draft] = []
+    for tensor in shard.tensors:
+        if tensor.name in kept_names:
+            drafts.append(_Draft(tensor.name, tensor.dtype, tensor.shape, tensor.nbytes, True))
+        else:
+            for name, rows, columns in matrices_of(tensor):
+                scale = (blocks(rows), blocks(columns))
+                drafts.append(_Draft(name, "F8_E4M3", (rows, columns), rows * columns, False))
+                drafts.append(_Draft(f"{name}_scale_inv", "BF16", scale, 2 * scale[0] * scale[1], False))
+    drafts.sort(key=_place)
+    header, outputs = _lay_out(drafts, shard.metadata)
+    matrices, passthrough = [], []
+    for tensor in shard.tensors:
+        if tensor.name in kept_names:
+            passthrough.append(Passthrough(tensor.start, outputs[tensor.name]))
+            continue
+        start = tensor.start
+        for name, rows, columns in matrices_of(tensor):
+            weight, scale = outputs[name], outputs[f"{name}_scale_inv"]
+            matrices.append(Matrix(tensor.dtype, start, rows, columns, weight, scale))
+            start += rows * columns * ITEM_SIZE[tensor.dtype]
+    size = len(header) + sum(d.nbytes for d in drafts)
+    return ShardPlan(shard, header, tuple(matrices), tuple(passthrough), size)
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """An output tensor before it has a place."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    kept: bool
+
+
+def _place(draft: _Draft) -> int:
+    """Where in the file a tensor goes, see the module's docstring; the sort is stable."""
+    if draft.kept:
+        item_size = ITEM_SIZE.get(draft.dtype, 1)
+        return 2 if item_size == 1 else -item_size
+    return 0 if draft.dtype == "F8_E4M3" else 1
+
+
+def _lay_out(drafts: list[_Draft], metadata: dict[str, str] | None) -> tuple[bytes, dict[str, Tensor]]:
+    """The header's bytes, length prefix included, and each tensor's place in the file."""
+    header: dict[str, object] = {"__metadata__": metadata or {"format": "pt"}}
+    end = 0
+    for draft in drafts:
+        offsets = [end, end + draft.nbytes]
+        header[draft.name] = {"dtype": draft.dtype, "shape": draft.shape, "data_offsets": offsets}
+        end = offsets[1]
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    # Spaces may follow: the FP8 weights begin on a page then, and all are whole pages but for edge blocks.
+    first_fp8 = 8 + len(text) + sum(d.nbytes for d in drafts if _place(d) < 0)
+    if first_fp8 % 8 == 0:
+        text += b" " * (-first_fp8 % PAGE)
+    data_start = 8 + len(text)
+    outputs = {}
+    for draft in drafts:
+        start = data_start + header[draft.name]["data_offsets"][0]
+        outputs[draft.name] = Tensor(draft.name, draft.dtype, draft.shape, start, draft.nbytes)
+    return len(text).to_bytes(8, "little") + text, outputs

@@ -1,0 +1,176 @@
+"""Decides about every tensor of a checkpoint, from headers alone.
+
+No tensor data is read here, and every refusal that headers can tell happens here, before any work. What
+a plan says is what is written: the shard writer, the index, `modules_to_not_convert`, `--dry_run` and
+the verifier all follow it.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fp8lib import Fp8Error, __version__
+from fp8lib.checkpoint.directory import CONFIG, INDEX, Checkpoint, require_supported
+from fp8lib.checkpoint.experts import check_experts
+from fp8lib.checkpoint.headers import Tensor
+from fp8lib.checkpoint.layout import Matrix, ShardPlan, matrices_of, plan_shard
+from fp8lib.checkpoint.rules import (
+    fused_experts_part,
+    fusion_group,
+    module_of,
+    reason_kept,
+    unservable_shape,
+)
+from fp8lib.checkpoint.untrusted import printable
+from fp8lib.numerics.blocks import BLOCK
+
+_QUANTIZABLE = ("BF16", "F16", "F32")
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A tensor that keeps its bytes, and why."""
+
+    tensor: Tensor
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The whole output."""
+
+    checkpoint: Checkpoint
+    shards: tuple[ShardPlan, ...]
+    kept: tuple[Kept, ...]
+    modules_to_not_convert: tuple[str, ...]
+
+    @property
+    def matrices(self) -> Iterator[Matrix]:
+        return (matrix for shard in self.shards for matrix in shard.matrices)
+
+    def config(self) -> dict:
+        """config.json of the output."""
+        return {
+            **self.checkpoint.config,
+            "quantization_config": {
+                "quant_method": "fp8",
+                "fmt": "e4m3",
+                "activation_scheme": "dynamic",
+                "weight_block_size": [BLOCK, BLOCK],
+                "modules_to_not_convert": list(self.modules_to_not_convert),
+                "producer": {"name": "quantize_fp8", "version": __version__},
+            },
+        }
+
+    def index(self) -> dict:
+        """model.safetensors.index.json of the output."""
+        weight_map = {o.name: s.name for s in self.shards for o in s.outputs()}
+        total = sum(o.nbytes for s in self.shards for o in s.outputs())
+        return {
+            "metadata": {"total_size": total},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
+
+    def file_sizes(self) -> dict[str, int]:
+        """Bytes of every file of the output, by its path in it; the manifest of the run comes on top."""
+        root = self.checkpoint.root
+        sizes = {shard.name: shard.size for shard in self.shards}
+        sizes |= {p.as_posix(): (root / p).stat().st_size for p in self.checkpoint.extra_files}
+        return sizes | {CONFIG: len(to_json(self.config())), INDEX: len(to_json(self.index()))}
+
+    def output_bytes(self) -> int:
+        """Bytes of all of them."""
+        return sum(self.file_sizes().values())
+
+
+def to_json(document: dict) -> bytes:
+    """The one way this tool writes JSON: indented, UTF-8, a newline at the end."""
+    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
+
+
+def make_plan(checkpoint: Checkpoint) -> Plan:
+    """Decide about every tensor.
+
+    Raises:
+        Fp8Error: unsupported or quantized model, a dtype that cannot be quantized, experts that do not
+            fit together, or nothing to quantize.
+    """
+    require_supported(checkpoint.config, checkpoint.root)
+    tensors = [t for shard in checkpoint.shards for t in shard.tensors]
+    for tensor in tensors:
+        if tensor.dtype.startswith("F8_"):
+            raise Fp8Error(
+                f"{printable(tensor.name)}: {tensor.dtype}, so already quantized; give the BF16 original"
+            )
+    check_experts(tensors)
+    kept_groups = _unservable_groups(tensors)
+    kept = [
+        Kept(tensor, reason) for tensor in tensors if (reason := _why_kept(tensor, kept_groups)) is not None
+    ]
+    if len(kept) == len(tensors):
+        raise Fp8Error(f"{printable(checkpoint.root)}: no weight in it can be quantized")
+    kept_names = {k.tensor.name for k in kept}
+    shards = tuple(plan_shard(shard, kept_names) for shard in checkpoint.shards)
+    _check_output_names(shards)
+    return Plan(checkpoint, shards, tuple(kept), _modules_to_not_convert(checkpoint, kept))
+
+
+# --- decisions ---------------------------------------------------------------------------------
+
+
+def _group_of(tensor: Tensor) -> str | None:
+    part = fused_experts_part(tensor.name)
+    return part[0] if part else fusion_group(tensor.name)
+
+
+def _unservable_groups(tensors: list[Tensor]) -> dict[str, str]:
+    """Groups that stay as they are, because of a member that engines could not serve in FP8."""
+    reasons: dict[str, str] = {}
+    for tensor in tensors:
+        group = _group_of(tensor)
+        if group is None:
+            continue
+        if tensor.dtype not in _QUANTIZABLE:
+            raise Fp8Error(
+                f"{printable(tensor.name)}: {printable(tensor.dtype)} cannot be quantized; "
+                "BF16, F16 and F32 can"
+            )
+        matrices = matrices_of(tensor)
+        if not matrices:
+            reasons.setdefault(group, f"{len(tensor.shape)}-D, not a matrix")
+        elif why := unservable_shape(group, *matrices[0][1:]):
+            reasons.setdefault(group, why)
+    return reasons
+
+
+def _why_kept(tensor: Tensor, kept_groups: dict[str, str]) -> str | None:
+    group = _group_of(tensor)
+    return reason_kept(tensor.name) if group is None else kept_groups.get(group)
+
+
+def _check_output_names(shards: tuple[ShardPlan, ...]) -> None:
+    seen: set[str] = set()
+    for shard in shards:
+        for output in shard.outputs():
+            if output.name in seen:
+                raise Fp8Error(
+                    f"{printable(output.name)}: the output would hold it twice; remove the stale tensor"
+                )
+            seen.add(output.name)
+
+
+def _modules_to_not_convert(checkpoint: Checkpoint, kept: list[Kept]) -> tuple[str, ...]:
+    """Every module whose weight has two or more dimensions and is not FP8."""
+    modules = set()
+    for tensor in (k.tensor for k in kept):
+        if len(tensor.shape) >= 2 and (module := module_of(tensor.name)):
+            modules.add(module)
+        if (group := _group_of(tensor)) and group.endswith(".experts"):
+            modules.add(group)
+    config = checkpoint.config
+    text = config.get("text_config")
+    tied = config.get("tie_word_embeddings", isinstance(text, dict) and text.get("tie_word_embeddings"))
+    if tied and any(m.endswith("embed_tokens") for m in modules):
+        # The head is the embedding then: a module with a BF16 weight that the files do not name.
+        modules.add("lm_head")
+    return tuple(sorted(modules))

@@ -1,0 +1,14 @@
+"""One run of a script, from its flags to its result. The only package that knows flags.
+
+run         what every run of quantize_fp8.py has in common: the plan, the ranks' shares, the summary
+quantizing  quantize a checkpoint, or continue
+verifying   --verify_only
+dry_run     --dry_run
+collecting  one run of collect_activation_stats.py
+progress    the bar
+manifest    what a run did, so that the next can continue it
+output_dir  whose the output directory is, what may be removed, the lock
+ranks       the processes that torchrun started
+
+May import every other package.
+"""

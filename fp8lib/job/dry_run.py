@@ -1,0 +1,51 @@
+"""Prints the plan of a run: `--dry_run`."""
+
+from collections import Counter, defaultdict
+
+from fp8lib.checkpoint.plan import Plan
+from fp8lib.checkpoint.untrusted import printable
+from fp8lib.terminal import WIDTH, Printer, size
+
+
+def print_plan(plan: Plan, printer: Printer) -> None:
+    """What a run would do: what is quantized, what is kept and why, per shard, in total."""
+    matrices = list(plan.matrices)
+    printer.line("=" * WIDTH)
+    printer.line("  QUANTIZATION PLAN (dry run, nothing written)")
+    printer.line("-" * WIDTH)
+    printer.line("  Quantized to FP8 E4M3, one BF16 scale per 128x128 block")
+    kinds: dict[str, list] = defaultdict(list)
+    for matrix in matrices:
+        kinds[_kind(matrix.weight.name)].append(matrix)
+    for kind, members in sorted(kinds.items()):
+        shapes = Counter(f"[{m.rows}, {m.columns}]" for m in members)
+        shape = next(iter(shapes)) + (" and others" if len(shapes) > 1 else "")
+        printer.line(f"  {len(members):>6}  {printable(kind.removesuffix('.weight'))}  {shape}")
+    printer.line("  Kept as they are")
+    reasons: dict[str, list] = defaultdict(list)
+    for kept in plan.kept:
+        reasons[kept.reason].append(kept.tensor)
+    for reason, tensors in sorted(reasons.items(), key=lambda item: -sum(t.nbytes for t in item[1])):
+        total = sum(t.nbytes for t in tensors)
+        printer.wrapped(reason, f"  {len(tensors):>6}  {size(total):>8}  ", " " * 20)
+        names = sorted({_kind(t.name) for t in tensors})
+        shown = ", ".join(map(printable, names[:4])) + (", …" if names[4:] else "")
+        printer.wrapped(shown, " " * 10, " " * 10)
+    printer.line("-" * WIDTH)
+    for shard in plan.shards:
+        printer.line(
+            f"  {shard.name}  {size(shard.source.size)} -> {size(shard.size)}  "
+            f"({len(shard.matrices)} FP8, {len(shard.passthrough)} kept)"
+        )
+    printer.line("-" * WIDTH)
+    before = sum(s.source.size for s in plan.shards)
+    printer.line(f"  FP8 weight tensors  : {len(matrices)}")
+    printer.line(f"  Passthrough tensors : {len(plan.kept)}")
+    printer.line(f"  Files copied along  : {len(plan.checkpoint.extra_files)}")
+    printer.line(f"  Size                : {size(before)} -> {size(plan.output_bytes())}")
+    printer.line("=" * WIDTH)
+
+
+def _kind(name: str) -> str:
+    """A tensor's name with its layer and expert numbers left out."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))

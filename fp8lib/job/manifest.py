@@ -1,0 +1,174 @@
+"""`fp8_quantization.json` in the output directory: what a run did, so that the next can continue it.
+
+It holds the tool's version, the settings that decide bytes, the identity of every input shard, and per
+finished shard its size and verification results. It holds no times and no paths, so that the same input
+and flags give the same manifest.
+"""
+
+import math
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+from fp8lib import Fp8Error, __version__
+from fp8lib.checkpoint.headers import Shard
+from fp8lib.checkpoint.plan import to_json
+from fp8lib.checkpoint.untrusted import printable, read_json
+from fp8lib.streaming.writer import write_file
+from fp8lib.verification.health import Measurement
+
+MANIFEST = "fp8_quantization.json"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class ShardResult:
+    """What became of one shard.
+
+    Attributes:
+        name: file name.
+        size: bytes of the output file.
+        sha256: of the output file, or None if it was not asked for.
+        measurements: of the matrices that were spot-checked.
+        problems: structural deviations, one line each.
+        final: False for a shard that is complete on disk and still to be verified.
+    """
+
+    name: str
+    size: int
+    sha256: str | None
+    measurements: tuple[Measurement, ...]
+    problems: tuple[str, ...]
+    final: bool = True
+
+
+@dataclass(slots=True)
+class Manifest:
+    """The manifest's contents.
+
+    Attributes:
+        settings: flags that decide bytes, as strings and numbers.
+        inputs: shard name -> size, mtime_ns, header_sha256.
+        shards: name of a finished output shard -> its `to_record`.
+        extra_files: copied files, relative paths with `/`.
+        version: of the tool that wrote it.
+    """
+
+    settings: dict
+    inputs: dict[str, dict]
+    shards: dict[str, dict] = field(default_factory=dict)
+    extra_files: list[str] = field(default_factory=list)
+    version: str = __version__
+
+    def save(self, folder: Path) -> None:
+        """Replace the file atomically.
+
+        Raises:
+            Fp8Error: it cannot be written.
+        """
+        document = asdict(self)
+        document["shards"] = dict(sorted(self.shards.items()))
+        write_file(folder / MANIFEST, to_json(document))
+
+    def made_from(self, shards: Iterable[Shard]) -> bool:
+        """Whether these are the input shards, as far as sizes and headers tell; times may differ."""
+        keys = ("size", "header_sha256")
+        mine = {name: [record.get(key) for key in keys] for name, record in self.inputs.items()}
+        return mine == {s.name: [s.size, s.header_sha256] for s in shards}
+
+    def difference(self, other: "Manifest") -> str | None:
+        """The first thing that keeps a run from continuing another, in words, or None."""
+        if self.version != other.version:
+            return f"it was begun by version {printable(other.version)}, this is {self.version}"
+        for key, value in self.settings.items():
+            if other.settings.get(key) != value:
+                return f"it was begun with {key} {printable(other.settings.get(key))}, now {value}"
+        for name in sorted(self.inputs.keys() | other.inputs.keys()):
+            if self.inputs.get(name) != other.inputs.get(name):
+                return f"input shard {printable(name)} has changed since it was begun"
+        if changed := sorted(set(self.extra_files) ^ set(other.extra_files)):
+            was = "come to" if changed[0] in self.extra_files else "gone from"
+            return f"{printable(changed[0])} has {was} the input since it was begun"
+        return None
+
+
+def load(folder: Path) -> Manifest | None:
+    """The manifest of a directory, None if it has none; without the shards whose record is damaged.
+
+    Raises:
+        Fp8Error: it has one that cannot be read.
+    """
+    path = folder / MANIFEST
+    if not os.path.lexists(path):
+        return None
+    try:
+        document = read_json(path)
+        if not _is_manifest(document):
+            raise Fp8Error(f"{printable(path)}: not a manifest of this tool")
+    except Fp8Error as error:
+        # Without it nobody knows which files of the directory a run wrote.
+        raise Fp8Error(f"{error}; remove the directory by hand or give another") from None
+    manifest = Manifest(**{f.name: document[f.name] for f in fields(Manifest)})
+    manifest.shards = {name: record for name, record in manifest.shards.items() if _is_record(record)}
+    return manifest
+
+
+def _is_manifest(document: object) -> bool:
+    """Whether a document holds what `save` writes, the records of shards aside."""
+    return (
+        isinstance(document, dict)
+        and document.keys() >= {f.name for f in fields(Manifest)}
+        and all(isinstance(document[key], dict) for key in ("settings", "inputs", "shards"))
+        and all(isinstance(record, dict) for record in document["inputs"].values())
+        and isinstance(document["extra_files"], list)
+        and all(isinstance(name, str) for name in document["extra_files"])
+    )
+
+
+def _is_record(record: object) -> bool:
+    """Whether this is what `to_record` makes; `from_record` looks at the measurements."""
+    return (
+        isinstance(record, dict)
+        and isinstance(record.get("size"), int)
+        and (record.get("sha256") is None or bool(_SHA256.fullmatch(str(record["sha256"]))))
+    )
+
+
+def identity(shard: Shard) -> dict:
+    """What tells an input shard from a changed one."""
+    return {
+        "size": shard.size,
+        "mtime_ns": shard.mtime_ns,
+        "header_sha256": shard.header_sha256,
+    }
+
+
+def to_record(result: ShardResult, verification: dict | None) -> dict:
+    """A shard's result as JSON; `verification` says how it was checked, None if it was not."""
+    return {
+        "size": result.size,
+        "sha256": result.sha256,
+        "verification": verification,
+        "measurements": [
+            {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in asdict(m).items()}
+            for m in result.measurements
+        ],
+        "problems": list(result.problems),
+    }
+
+
+def from_record(name: str, record: dict, verification: dict | None) -> ShardResult | None:
+    """The result that was recorded, None if it was checked in another way or the record is damaged."""
+    try:
+        if record["verification"] != verification:
+            return None
+        measurements = tuple(
+            Measurement(str(m["name"]), *(float(m[k]) for k in ("cosine", "mean_abs", "max_abs", "amax")))
+            for m in record["measurements"]
+        )
+        problems = tuple(map(printable, record["problems"]))
+        return ShardResult(name, record["size"], record["sha256"], measurements, problems)
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None

@@ -1,0 +1,242 @@
+"""One run of quantize_fp8.py, from its flags to a verdict: what quantizing and verifying have in common.
+
+Under torchrun every rank comes here. Rank 0 plans, refuses and reports for all.
+"""
+
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
+
+from fp8lib import Fp8Error
+from fp8lib.calibration.statistics_file import Statistics
+from fp8lib.checkpoint.directory import open_checkpoint
+from fp8lib.checkpoint.plan import Plan, make_plan
+from fp8lib.checkpoint.untrusted import printable
+from fp8lib.job import dry_run, manifest, output_dir
+from fp8lib.job.manifest import ShardResult
+from fp8lib.job.progress import Progress
+from fp8lib.job.ranks import Ranks
+from fp8lib.numerics.modes import Calibration
+from fp8lib.terminal import Talk
+from fp8lib.verification import report
+from fp8lib.verification.health import Zone, judge
+
+
+def run(flags: Namespace, talk: Talk) -> Zone:
+    """Quantize a checkpoint, or print the plan of it, or verify one that is finished.
+
+    Args:
+        flags: of quantize_fp8.py, whose parser documents them.
+        talk: how to speak to the user.
+
+    Returns:
+        The verdict, the same on every rank; GOOD for a dry run and where verification was skipped.
+
+    Raises:
+        Fp8Error: refused or failed, on every rank. No config.json is left in the output directory.
+    """
+    from fp8lib.job import quantizing, verifying
+
+    ranks = Ranks()
+    if not ranks.is_main:
+        talk = Talk(talk.printer, lambda text: None)
+    for text in flags.notes:
+        talk.warn(text)
+    try:
+        if flags.verify_only:
+            verdict = verifying.verify_only(flags, talk, ranks)
+        elif flags.dry_run:
+            verdict = _dry_run(flags, talk, ranks)
+        else:
+            verdict = quantizing.quantize(flags, talk, ranks)
+    except Exception as error:
+        ranks.fail(error)
+        ranks.leave()
+        raise
+    ranks.leave(exit_code=1 if verdict is Zone.FAIL else 0)
+    return verdict
+
+
+def plan_for(flags: Namespace, talk: Talk) -> tuple[Plan, Statistics | None, int | None]:
+    """The plan, the statistics to use, and how many tensors they cover (None without a file).
+
+    Raises:
+        Fp8Error: everything that headers and flags can refuse.
+    """
+    checkpoint = open_checkpoint(flags.input_dir)
+    plan = make_plan(checkpoint)
+    for name in checkpoint.unused:
+        talk.warn(f"{printable(name)} is not in the index and is left out")
+    if flags.output_dir is not None:
+        output_dir.check_location(flags.input_dir, flags.output_dir)
+    if flags.activation_stats is None:
+        return plan, None, None
+    statistics = Statistics(flags.activation_stats)
+    covered = statistics.check((m.weight.name, m.columns) for m in plan.matrices)
+    if not flags.calibration.uses_activations:
+        talk.warn(f"--calib_mode {flags.calibration.mode} does not use the activation statistics")
+        return plan, None, covered
+    if covered == 0:
+        raise Fp8Error(
+            f"{printable(flags.activation_stats)}: no entry matches a quantized tensor; "
+            "collect statistics from this model"
+        )
+    if total := sum(1 for _ in plan.matrices) - covered:
+        talk.warn(f"{total} of {total + covered} tensors have no activation statistics; a_j = 1 for them")
+    return plan, statistics, covered
+
+
+def _dry_run(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
+    if ranks.is_main:
+        plan, _, _ = plan_for(flags, talk)
+        dry_run.print_plan(plan, talk.printer)
+    return agree(ranks, Zone.GOOD)
+
+
+def agree(ranks: Ranks, verdict: Zone | None) -> Zone:
+    """Rank 0's verdict, on every rank."""
+    if ranks.is_main:
+        ranks.publish("verdict", int(verdict))
+        return verdict
+    return Zone(ranks.wait_for("verdict"))
+
+
+# --- shared work -------------------------------------------------------------------------------
+
+
+def settings_for(flags: Namespace, statistics: Statistics | None, ranks: Ranks):
+    """How this rank processes shards: `streaming.shard_job.Settings`."""
+    from fp8lib.streaming import devices
+    from fp8lib.streaming.shard_job import Settings
+
+    device = devices.choose_device(flags.device, ranks.local_rank)
+    return Settings(
+        calibration=flags.calibration,
+        device=device,
+        workers=flags.workers or devices.default_workers(device, ranks.local_world),
+        importance=statistics.importance if statistics else None,
+        checksums=flags.checksums,
+    )
+
+
+def shard_check(flags: Namespace, name: str, pairs: Sequence, problems: Sequence[str]):
+    """The check of one shard that the flags ask for: `verification.shard_check.ShardCheck`."""
+    from fp8lib.verification.shard_check import ShardCheck
+
+    return ShardCheck(name, tuple(pairs), list(problems), flags.verify_samples, flags.seed)
+
+
+def planned_check(flags: Namespace) -> Callable | None:
+    """(plan, path) -> check of a shard that was written as planned; None if verification is skipped."""
+    from fp8lib.verification.pairing import planned_pairs, structural_problems
+
+    if flags.skip_verify:
+        return None
+    return lambda plan, path: shard_check(
+        flags, plan.name, planned_pairs(plan, path), structural_problems(plan, path)
+    )
+
+
+def work_for_main(flags: Namespace, ranks: Ranks, settings, work: list) -> None:
+    """Another rank's share of the work. Its results go to rank 0."""
+    with closing(_process(flags, ranks, settings, work, lambda _, count: ranks.progress(count))) as results:
+        for result in results:
+            ranks.send_result([result.name, manifest.to_record(result, None), result.final])
+    ranks.look()
+
+
+def work_and_gather(
+    flags: Namespace,
+    ranks: Ranks,
+    settings,
+    work: list,
+    expected: int,
+    total_bytes: int,
+    record: Callable[[ShardResult], None],
+) -> None:
+    """Rank 0's share of the work, and the results of all ranks as they come.
+
+    Args:
+        flags: of the run.
+        ranks: all of them.
+        settings: how shards are processed.
+        work: units and shards to check, the same list on every rank.
+        expected: shards that will have a final result.
+        total_bytes: input bytes to quantize, for the progress bar.
+        record: called with every result.
+    """
+    with Progress(total_bytes, expected, flags.quiet) as progress:
+
+        def finished(result: ShardResult) -> None:
+            record(result)
+            if result.final:
+                progress.finished(result.name)
+
+        def receive() -> None:
+            for name, body, final in ranks.new_results():
+                finished(replace(manifest.from_record(name, body, None), final=final))
+
+        def on_bytes(name: str, count: int) -> None:
+            if (total := ranks.progress(count)) is not None:
+                progress.show(name, total)
+                receive()
+
+        with closing(_process(flags, ranks, settings, work, on_bytes)) as results:
+            for result in results:
+                finished(result)
+        # Wait until every rank has either refused or begun. Otherwise a fast rank 0 could end first, and
+        # whether the run fails would depend on speed.
+        while progress.done < expected or not ranks.all_at_work():
+            progress.show("", ranks.look_again())
+            receive()
+        progress.show("", total_bytes)
+
+
+def _process(flags: Namespace, ranks: Ranks, settings, work: list, on_bytes) -> Iterator[ShardResult]:
+    from fp8lib.streaming import pipeline
+
+    shards = pipeline.process(
+        ranks.claims(work),
+        flags.output_dir,
+        settings,
+        on_bytes,
+        lambda unit: ranks.count(f"parts of {unit.plan.name}") == unit.parts,
+        planned_check(flags),
+    )
+    with closing(shards):
+        for done in shards:
+            measurements = done.check.measurements() if done.check else ()
+            problems = tuple(done.check.problems) if done.check else ()
+            yield ShardResult(done.name, done.size, done.sha256, measurements, problems, done.final)
+
+
+def summarize(
+    flags: Namespace,
+    talk: Talk,
+    calibration: Calibration,
+    label: str,
+    results: list[ShardResult],
+    totals: report.Totals,
+    covered: int | None,
+) -> Zone:
+    """Print the summary; returns the verdict.
+
+    Args:
+        flags: of the run.
+        talk: where to.
+        calibration: how the scales were chosen, for advice.
+        label: what the summary calls it.
+        results: of all shards.
+        totals: numbers of tensors.
+        covered: tensors with activation statistics, None without a file.
+    """
+    measurements = [m for r in results for m in r.measurements]
+    problems = [p for r in results for p in r.problems]
+    health = None
+    if not flags.skip_verify:
+        finished = flags.verify_only
+        health = judge(measurements, problems, calibration.mode, calibration.clips, finished)
+    failed = sum(bool(r.problems) for r in results)
+    report.print_summary(talk.printer, totals, failed, label, measurements, problems, health, covered)
+    return health.verdict if health else Zone.GOOD

@@ -1,0 +1,74 @@
+"""`--verify_only`: measures a finished directory, of this tool or another, against its original."""
+
+import os
+from argparse import Namespace
+from contextlib import suppress
+from pathlib import Path
+
+from fp8lib import Fp8Error
+from fp8lib.checkpoint.directory import CONFIG, Checkpoint, open_checkpoint
+from fp8lib.checkpoint.untrusted import printable
+from fp8lib.job import manifest
+from fp8lib.job.manifest import ShardResult
+from fp8lib.job.ranks import Ranks
+from fp8lib.job.run import agree, settings_for, shard_check, summarize, work_and_gather, work_for_main
+from fp8lib.numerics.modes import Calibration
+from fp8lib.terminal import Talk
+from fp8lib.verification.health import Zone
+from fp8lib.verification.report import Totals
+
+
+def verify_only(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
+    """Measure `flags.output_dir` against `flags.input_dir` and print the summary. Writes nothing.
+
+    Returns:
+        The verdict, the same on every rank.
+
+    Raises:
+        Fp8Error: one of the two is no complete checkpoint.
+    """
+    from fp8lib.streaming.scheduler import ToCheck
+    from fp8lib.verification.pairing import pair_directories
+
+    original, quantized = open_checkpoint(flags.input_dir), _open_finished(flags.output_dir)
+    settings = settings_for(flags, None, ranks)
+    pairings = pair_directories(original, quantized)
+    earlier = None
+    with suppress(Fp8Error):  # another tool's, or damaged: nothing depends on it
+        earlier = manifest.load(flags.output_dir)
+    if earlier and not earlier.made_from(original.shards):
+        talk.warn(f"by its {manifest.MANIFEST}, {printable(flags.output_dir)} was not made from this input")
+    if "quantization_config" not in quantized.config:
+        problem = f"{CONFIG}: has no quantization_config, so no engine will read the weights as FP8"
+        pairings[0][2].append(problem)
+    work = [
+        ToCheck(shard.name, shard.size, shard_check(flags, shard.name, pairs, problems))
+        for shard, pairs, problems in pairings
+    ]
+    if not ranks.is_main:
+        work_for_main(flags, ranks, settings, work)
+        return agree(ranks, None)
+    results: dict[str, ShardResult] = {}
+    work_and_gather(
+        flags, ranks, settings, work, len(work), 0, lambda result: results.update({result.name: result})
+    )
+    used = earlier and earlier.settings.get("calibration")
+    calibration = flags.calibration
+    with suppress(Fp8Error):  # advice is for the mode that was used, if that is known
+        calibration = Calibration.parse(str(used))
+    fp8 = sum(len(pairs) for _, pairs, _ in pairings)
+    kept = sum(len(shard.tensors) for shard in quantized.shards) - 2 * fp8
+    ordered = [results[item.name] for item in work]
+    label = f"{printable(used or 'unknown')} (verify only)"
+    return agree(
+        ranks, summarize(flags, talk, calibration, label, ordered, Totals(len(work), fp8, kept), None)
+    )
+
+
+def _open_finished(folder: Path) -> Checkpoint:
+    if os.path.lexists(folder / manifest.MANIFEST) and not os.path.lexists(folder / CONFIG):
+        raise Fp8Error(
+            f"{printable(folder / CONFIG)}: not there, as the run that wrote the rest is not finished "
+            "or FAILed; repeat its command to continue it, with --overwrite if it FAILed"
+        )
+    return open_checkpoint(folder)

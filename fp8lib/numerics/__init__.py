@@ -1,0 +1,11 @@
+"""The number format, scales and rounding: pure functions of tensors. No files, no names, no flags.
+
+blocks  the block's size
+e4m3    codes and scales: quantize, dequantize
+modes   the calibration modes and their parameters, without torch
+scales  blocks of weights in, one scale per block out
+mse     the search for the least squared error
+exact   operations that give the same bits everywhere
+
+Imports nothing of this project but `Fp8Error`.
+"""

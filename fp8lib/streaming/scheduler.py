@@ -1,0 +1,222 @@
+"""Hands pieces of shards to worker threads, in order, and sees every shard through its stages.
+
+quantize -> commit (fsync and rename, in a thread of its own) -> check -> done
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fp8lib.checkpoint.headers import Shard
+from fp8lib.checkpoint.layout import ShardPlan
+from fp8lib.streaming.lanes import Lane, ReadAhead
+from fp8lib.streaming.shard_job import Check, Settings, ShardJob, Task
+from fp8lib.streaming.units import Unit
+
+_IN_FLIGHT = 4
+"""Pieces per worker that are handed out and not settled: computed, written, and two more."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToCheck:
+    """A shard that is complete on disk and only to be checked.
+
+    Attributes:
+        name, size: of the file.
+        check: what to do with it, or None.
+        source: the input shard all of it was made from, if that is known.
+    """
+
+    name: str
+    size: int
+    check: Check | None
+    source: Shard | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A shard that is complete on disk.
+
+    Attributes:
+        name, size: of the file.
+        sha256: of the file, or None if it was not asked for.
+        check: what looked at it, or None.
+        final: False if the check is still to come.
+    """
+
+    name: str
+    size: int
+    sha256: str | None
+    check: Check | None
+    final: bool
+
+
+class Scheduler:
+    """Runs in one thread, which alone touches jobs and results.
+
+    Args:
+        output: directory of the output.
+        settings: how shards are processed.
+        on_bytes: called with (shard's name, input bytes done since the last call).
+        is_last_part: called from the committing thread when a part is durable.
+        check: makes the check of a shard that was just completed; None for no checks.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        settings: Settings,
+        on_bytes: Callable[[str, int], None],
+        is_last_part: Callable[[Unit], bool],
+        check: Callable[[ShardPlan, Path], Check] | None,
+    ) -> None:
+        self.output = output
+        self.settings = settings
+        self.on_bytes = on_bytes
+        self.is_last_part = is_last_part
+        self.check = check
+        self.workers = ThreadPoolExecutor(settings.workers, thread_name_prefix="worker")
+        self.committer = ThreadPoolExecutor(1, thread_name_prefix="commit")
+        self.ahead = ReadAhead(settings.device, settings.workers, _IN_FLIGHT * settings.workers + 1)
+        self.in_flight: deque[tuple[ShardJob, Future, Callable[[object], None]]] = deque()
+        self.committing: deque[tuple[ShardJob, Future]] = deque()
+        self.durable: deque[ShardJob] = deque()
+        self.jobs: list[ShardJob] = []
+        self.done: deque[Done] = deque()
+        self.thread = threading.local()
+        self.lanes: list[Lane] = []
+
+    def run(self, work: Iterable[Unit | ToCheck]) -> Iterator[Done]:
+        """Process all of the work; yields shards as they are completed, and again when they are checked."""
+        for item in work:
+            if isinstance(item, Unit):
+                yield from self._make_room()
+                yield from self._start(item)
+            else:
+                yield from self._check_complete(item)
+            yield from self._check_durable()
+        while self.in_flight or self.committing or self.durable:
+            yield from self._check_durable() if self.durable else self._step()
+        yield from self._results()
+
+    def stop(self, wait_for_disk: bool) -> None:
+        """Let running pieces end, drop the rest, remove partial files."""
+        self.workers.shutdown(wait=True, cancel_futures=True)
+        for lane in self.lanes:
+            lane.stop()
+        self.ahead.stop()
+        self.committer.shutdown(wait=wait_for_disk, cancel_futures=not wait_for_disk)
+        for job in self.jobs:
+            job.close()
+
+    def became_durable(self) -> Iterator[Done]:
+        """After `stop`: shards that an error elsewhere did not keep from being completed."""
+        yield from self._results()
+        for job, commit in self.committing:
+            if not commit.exception() and commit.result():
+                yield self._done(job, final=False)
+
+    def _step(self) -> Iterator[Done]:
+        """Wait for the oldest piece or, if none is under way, the oldest commit; hand out what that ends."""
+        if self.in_flight:
+            self._settle_oldest()
+        else:
+            wait([self.committing[0][1]])
+        self._collect_commits()
+        yield from self._results()
+
+    def _make_room(self) -> Iterator[Done]:
+        """Wait while as many shards are half written as there are workers: a crash leaves that many files."""
+        while sum(job.writer is not None for job in self.jobs) >= max(self.settings.workers, 2):
+            yield from self._step()
+
+    def _start(self, unit: Unit) -> Iterator[Done]:
+        plan = unit.plan
+        job = ShardJob(plan.name, plan.size, self.settings, source=plan.source, unit=unit)
+        self.jobs.append(job)
+        job.refuse_changed()
+        job.open_output(self.output)
+        yield from self._submit(job, job.tasks(self.on_bytes))
+
+    def _check_complete(self, item: ToCheck) -> Iterator[Done]:
+        job = ShardJob(item.name, item.size, self.settings, source=item.source, check=item.check)
+        self.jobs.append(job)
+        yield from self._check(job)
+
+    def _check_durable(self) -> Iterator[Done]:
+        while self.durable:
+            yield from self._check(self.durable.popleft())
+
+    def _check(self, job: ShardJob) -> Iterator[Done]:
+        """Start checking a shard that is complete on disk."""
+        job.stage = "check"
+        yield from self._submit(job, job.check.tasks(job.files, self.ahead) if job.check else ())
+
+    def _submit(self, job: ShardJob, tasks: Iterable[Task]) -> Iterator[Done]:
+        job.all_submitted = False
+        for function, then in tasks:
+            while len(self.in_flight) >= _IN_FLIGHT * self.settings.workers:
+                yield from self._step()
+            job.outstanding += 1
+            self.in_flight.append((job, self.workers.submit(self._in_lane, function), then))
+        job.all_submitted = True
+        self._advance(job)
+
+    def _in_lane(self, function: Callable[[Lane], object]) -> object:
+        if not hasattr(self.thread, "lane"):
+            self.thread.lane = Lane(self.settings.device)
+            self.lanes.append(self.thread.lane)
+        with torch.inference_mode(), self.thread.lane.as_current():
+            return function(self.thread.lane)
+
+    def _settle_oldest(self) -> None:
+        job, future, then = self.in_flight.popleft()
+        then(future.result())
+        job.outstanding -= 1
+        self._advance(job)
+
+    def _advance(self, job: ShardJob) -> None:
+        """Move a shard to its next stage once nothing of the present one is under way."""
+        if job.outstanding or not job.all_submitted:
+            return
+        job.refuse_changed()  # first: it would explain a NaN, and an error that no rounding makes
+        if job.stage == "quantize":
+            job.refuse_broken()
+            commit = self.committer.submit(job.make_durable, self.is_last_part)
+            self.committing.append((job, commit))
+        else:
+            self._close(job)
+            self.done.append(self._done(job, final=True))
+
+    def _collect_commits(self) -> None:
+        """Take note of the shards that are durable by now."""
+        while self.committing and self.committing[0][1].done():
+            job, commit = self.committing.popleft()
+            complete = commit.result()
+            job.writer = None
+            if not complete:
+                self._close(job)
+            elif self.check is not None:
+                job.check = self.check(job.unit.plan, self.output / job.name)
+                self.done.append(self._done(job, final=False))
+                self.durable.append(job)
+            else:
+                self._close(job)
+                self.done.append(self._done(job, final=True))
+
+    def _close(self, job: ShardJob) -> None:
+        self.jobs.remove(job)
+        job.close()
+
+    @staticmethod
+    def _done(job: ShardJob, final: bool) -> Done:
+        return Done(job.name, job.size, job.sha256(), job.check if final else None, final)
+
+    def _results(self) -> Iterator[Done]:
+        while self.done:
+            yield self.done.popleft()

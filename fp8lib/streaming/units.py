@@ -1,0 +1,82 @@
+"""The work of a run, cut up: shards, parts of a shard for several processes, pieces of a part for threads."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fp8lib.checkpoint.layout import PAGE, Matrix, Passthrough, ShardPlan
+from fp8lib.numerics.blocks import BLOCK
+
+_COPY_PIECE = 4 * 1024 * 1024
+_UNITS_PER_RANK = 20
+"""With 64 ranks the busiest has 5 % more than the mean then, 8 % with 10 (benchmarks/scale.py)."""
+_SMALLEST_UNIT = 16 * 1024 * 1024
+"""Bytes below which dividing a shard costs more than it evens out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A shard to quantize, or one of several parts of it that different processes work on."""
+
+    plan: ShardPlan
+    part: int = 0
+    parts: int = 1
+
+
+def divide(shards: list[ShardPlan], ranks: int, whole: bool) -> list[Unit]:
+    """The work of quantizing some shards, for any number of processes to take from.
+
+    Args:
+        shards: to quantize.
+        ranks: processes that will take them. For one, shards stay whole and in order. For more, the
+            largest come first, and what is larger than a 20th of a rank's share is divided, so that
+            the last ranks at work finish close together and one large file keeps all of them busy.
+        whole: never divide a shard (a checksum needs all its bytes in one process).
+    """
+    if ranks == 1:
+        return [Unit(shard) for shard in shards]
+    share = sum(s.input_bytes for s in shards) / ranks / _UNITS_PER_RANK
+    units = []
+    for shard in sorted(shards, key=lambda s: (-s.input_bytes, s.name)):
+        parts = 1 if whole else max(math.ceil(shard.input_bytes / max(share, _SMALLEST_UNIT)), 1)
+        units += [Unit(shard, part, parts) for part in range(parts)]
+    return units
+
+
+def pieces(unit: Unit, weights: int) -> list[tuple[Matrix | Passthrough, int, int]]:
+    """A unit's share of its shard's pieces, in the order of the output file.
+
+    Returns:
+        (matrix, first row, last) of about `weights` weights each; (tensor that is kept, first byte, last).
+    """
+    plan = unit.plan
+    found: list = [(item, *span) for item in plan.passthrough for span in _byte_ranges(item)]
+    found += [(m, *span) for m in plan.matrices for span in row_ranges(m.rows, m.columns, weights)]
+    found.sort(key=lambda piece: _output_start(*piece[:2]))
+    return found[len(found) * unit.part // unit.parts : len(found) * (unit.part + 1) // unit.parts]
+
+
+def _output_start(item: Matrix | Passthrough, first: int) -> int:
+    if isinstance(item, Passthrough):
+        return item.output.start + first
+    return item.weight.start + first * item.columns
+
+
+def rows_per_piece(columns: int, weights: int) -> int:
+    """Rows of a piece of about `weights` weights: a multiple of 128, at least 128."""
+    return max(weights // columns // BLOCK, 1) * BLOCK
+
+
+def row_ranges(rows: int, columns: int, weights: int) -> Iterator[tuple[int, int]]:
+    step = rows_per_piece(columns, weights)
+    for first in range(0, rows, step):
+        yield first, min(first + step, rows)
+
+
+def _byte_ranges(item: Passthrough) -> Iterator[tuple[int, int]]:
+    size = item.output.nbytes
+    first_page = min(-item.output.start % PAGE, size)
+    if first_page:
+        yield 0, first_page
+    for first in range(first_page, size, _COPY_PIECE):
+        yield first, min(first + _COPY_PIECE, size)

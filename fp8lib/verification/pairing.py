@@ -1,0 +1,181 @@
+"""Pairs FP8 weights on disk with the originals they came from.
+
+The plan knows them for a shard that was written as planned. For `--verify_only` a whole directory is paired
+by tensor names alone: it may come from this tool, from the model's publisher or from another tool. It may
+have quantized modules that the rules keep, kept some that they quantize, and store its scales as F32.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from fp8lib.checkpoint.directory import Checkpoint
+from fp8lib.checkpoint.headers import ITEM_SIZE, Shard, Tensor, read_shard
+from fp8lib.checkpoint.layout import ShardPlan, matrices_of
+from fp8lib.checkpoint.untrusted import printable
+from fp8lib.numerics.blocks import blocks
+from fp8lib.streaming.lanes import DTYPES
+
+SCALE_SUFFIX = "_scale_inv"
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Where a matrix's bytes are: contiguous rows of `dtype` from `start` of a file on."""
+
+    path: Path
+    dtype: str
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """An FP8 weight with its scale, and the original it came from.
+
+    `scale` is BF16 or F32 [ceil(rows/128), ceil(columns/128)].
+    """
+
+    name: str
+    rows: int
+    columns: int
+    source: Extent
+    weight: Extent
+    scale: Extent
+
+
+def planned_pairs(plan: ShardPlan, path: Path) -> list[Pair]:
+    """The pairs of a shard that was written to `path` as planned."""
+    return [
+        Pair(
+            m.weight.name,
+            m.rows,
+            m.columns,
+            Extent(plan.source.path, m.dtype, m.start),
+            Extent(path, m.weight.dtype, m.weight.start),
+            Extent(path, m.scale.dtype, m.scale.start),
+        )
+        for m in plan.matrices
+    ]
+
+
+def structural_problems(plan: ShardPlan, path: Path) -> list[str]:
+    """Compare a written shard's header with the plan.
+
+    Returns:
+        One line per deviation.
+
+    Raises:
+        Fp8Error: the file cannot be read or is not a valid safetensors file.
+    """
+    shard = read_shard(path)
+    found = {t.name: t for t in shard.tensors}
+    problems = []
+    for expected in plan.outputs():
+        tensor = found.pop(expected.name, None)
+        if tensor is None:
+            problems.append(f"{printable(expected.name)}: missing from {shard.name}")
+        elif (tensor.dtype, tensor.shape, tensor.start) != (expected.dtype, expected.shape, expected.start):
+            problems.append(
+                f"{printable(expected.name)}: {tensor.dtype} {list(tensor.shape)} in {shard.name}, "
+                f"planned {expected.dtype} {list(expected.shape)}"
+            )
+    problems += [f"{printable(name)}: in {shard.name} but not in the plan" for name in found]
+    return problems
+
+
+# --- whole directories -------------------------------------------------------------------------
+
+
+def pair_directories(
+    original: Checkpoint, quantized: Checkpoint
+) -> list[tuple[Shard, list[Pair], list[str]]]:
+    """For each shard of the FP8 directory: its pairs, and one line per structural problem.
+
+    A tensor of the original that is nowhere in the FP8 directory is a problem of its first shard.
+    """
+    sources = {t.name: t for shard in original.shards for t in shard.tensors}
+    matrices = {name: rest for shard in original.shards for name, *rest in _matrices(shard)}
+    present = {t.name: (shard, t) for shard in quantized.shards for t in shard.tensors}
+    result = []
+    for shard in quantized.shards:
+        pairs, problems = [], []
+        for tensor in shard.tensors:
+            if tensor.name.endswith(SCALE_SUFFIX) and tensor.name not in sources:
+                weight = present.get(tensor.name.removesuffix(SCALE_SUFFIX))
+                if weight is None or weight[1].dtype != "F8_E4M3":
+                    problems.append(f"{printable(tensor.name)}: a scale without an FP8 weight")
+            elif tensor.dtype == "F8_E4M3":
+                found = _pair(shard, tensor, matrices, present)
+                (problems if isinstance(found, str) else pairs).append(found)
+            elif problem := _problem_of_kept(tensor, sources, matrices):
+                problems.append(problem)
+        result.append((shard, pairs, problems))
+    if not any(pairs for _, pairs, _ in result):
+        result[0][2].append("no FP8 weight in it that the original has too: nothing was measured")
+    result[0][2].extend(
+        f"{printable(name)}: missing from the FP8 directory"
+        for tensor in sources.values()
+        if tensor.name not in present
+        for name in ([n for n, *_ in matrices_of(tensor) if n not in present] or [tensor.name])
+        if not _is_split(tensor, present)
+    )
+    return result
+
+
+def _matrices(shard: Shard) -> Iterator[tuple[str, Extent, int, int]]:
+    """(name, where, rows, columns) of every matrix of the original that could be FP8 in the other."""
+    for tensor in shard.tensors:
+        if tensor.dtype not in DTYPES:
+            continue
+        parts = matrices_of(tensor)
+        if not parts and len(tensor.shape) == 2:
+            parts = [(tensor.name, *tensor.shape)]
+        start = tensor.start
+        for name, rows, columns in parts:
+            yield name, Extent(shard.path, tensor.dtype, start), rows, columns
+            start += rows * columns * ITEM_SIZE[tensor.dtype]
+
+
+def _is_split(tensor: Tensor, present: dict) -> bool:
+    """Whether a fused tensor is there in full, expert by expert."""
+    parts = matrices_of(tensor)
+    return bool(parts) and all(name in present for name, *_ in parts)
+
+
+def _pair(shard: Shard, tensor: Tensor, matrices: dict, present: dict) -> Pair | str:
+    """An FP8 tensor's pair, or what is wrong with it."""
+    name = printable(tensor.name)
+    if tensor.name not in matrices:
+        return f"{name}: FP8, but the original has no such matrix"
+    source, rows, columns = matrices[tensor.name]
+    if tensor.shape != (rows, columns):
+        return f"{name}: {list(tensor.shape)}, {[rows, columns]} in the original"
+    if not tensor.nbytes:
+        return f"{name}: FP8, but empty"
+    scale_shard, scale = present.get(tensor.name + SCALE_SUFFIX, (None, None))
+    if scale is None:
+        return f"{name}: FP8 without a {name}{SCALE_SUFFIX}"
+    expected = (blocks(rows), blocks(columns))
+    if scale.dtype not in DTYPES or scale.shape != expected:
+        return f"{printable(scale.name)}: {scale.dtype} {list(scale.shape)}, expected BF16 {list(expected)}"
+    return Pair(
+        tensor.name,
+        rows,
+        columns,
+        source,
+        Extent(shard.path, tensor.dtype, tensor.start),
+        Extent(scale_shard.path, scale.dtype, scale.start),
+    )
+
+
+def _problem_of_kept(tensor: Tensor, sources: dict[str, Tensor], matrices: dict) -> str | None:
+    """What is wrong with a tensor that is not FP8, if anything; another float dtype is not."""
+    if tensor.name in sources:
+        shape = sources[tensor.name].shape
+    elif tensor.name in matrices:
+        shape = tuple(matrices[tensor.name][1:])
+    else:
+        return f"{printable(tensor.name)}: not in the original"
+    if tensor.shape != shape:
+        return f"{printable(tensor.name)}: {list(tensor.shape)}, {list(shape)} in the original"
+    return None

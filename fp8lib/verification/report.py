@@ -1,0 +1,116 @@
+"""Prints the summary of a run."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fp8lib.checkpoint.plan import Plan
+from fp8lib.checkpoint.untrusted import printable
+from fp8lib.terminal import WIDTH, Printer
+from fp8lib.verification.health import COSINE, MAX_ABS, MEAN_ABS, Band, Health, Measurement, Zone, max_or_nan
+
+LISTED = 10
+"""WARN and FAIL tensors that are listed one by one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Numbers of shards, FP8 weights and other tensors."""
+
+    shards: int
+    fp8: int
+    passthrough: int
+
+    @classmethod
+    def of(cls, plan: Plan) -> "Totals":
+        return cls(len(plan.shards), sum(len(s.matrices) for s in plan.shards), len(plan.kept))
+
+
+def print_summary(
+    printer: Printer,
+    totals: Totals,
+    failed: int,
+    calibration: str,
+    measurements: Sequence[Measurement],
+    problems: Sequence[str],
+    health: Health | None,
+    covered: int | None,
+) -> None:
+    """The health summary.
+
+    Args:
+        printer: where to.
+        totals: what was written.
+        failed: shards with structural problems.
+        calibration: mode and parameters.
+        measurements: of the spot-checked tensors.
+        problems: structural deviations.
+        health: what to make of them; None if verification was skipped.
+        covered: quantized tensors with activation statistics; None if there was no file.
+    """
+    printer.line("=" * WIDTH)
+    printer.line("  QUANTIZATION VERIFICATION SUMMARY")
+    printer.line(f"  Calibration         : {calibration}")
+    if covered is not None:
+        printer.line(f"  Activation stats    : {covered} of {totals.fp8} tensors")
+    printer.line("-" * WIDTH)
+    printer.line(f"  Shards processed    : {totals.shards}  ({failed} failed)")
+    printer.line(f"  FP8 weight tensors  : {totals.fp8}")
+    printer.line(f"  Passthrough tensors : {totals.passthrough}")
+    if health is None:
+        printer.line("  Spot-checked        : 0  (verification skipped)")
+        printer.line("-" * WIDTH)
+        printer.line("  NOT VERIFIED: --skip_verify was given.")
+        printer.line("=" * WIDTH)
+        return
+    marks = "  ".join(printer.mark(z, f"{health.counts[z]} {z.name}") for z in Zone)
+    printer.line(f"  Spot-checked        : {len(measurements)} of {totals.fp8}  ({marks})")
+    if measurements:
+        _print_metrics(printer, measurements)
+    _print_flagged(printer, health, problems)
+    printer.line("-" * WIDTH)
+    printer.line(f"  VERDICT: {printer.mark(health.verdict, health.verdict.name)}")
+    printer.wrapped(health.statement)
+    if health.recommendations:
+        printer.line()
+        printer.line("  CALIBRATION RECOMMENDATIONS")
+        for number, text in enumerate(health.recommendations, 1):
+            printer.wrapped(text, f"  {number}. ", "     ")
+    printer.line("=" * WIDTH)
+
+
+def _print_metrics(printer: Printer, measurements: Sequence[Measurement]) -> None:
+    count = len(measurements)
+    rows: list[tuple[str, Band, float, str, str]] = [
+        ("cosine sim", COSINE, sum(m.cosine for m in measurements) / count, "0.9997–1.0000", "≥ 0.9995"),
+        ("mean abs err", MEAN_ABS, sum(m.mean_abs for m in measurements) / count, "0.0002–0.0008", "≤ 0.001"),
+        ("worst cosine", COSINE, -max_or_nan(-m.cosine for m in measurements), "0.9997–1.0000", "≥ 0.9995"),
+        ("worst MAE", MEAN_ABS, max_or_nan(m.mean_abs for m in measurements), "0.0002–0.0008", "≤ 0.001"),
+        ("worst MaxAE", MAX_ABS, max_or_nan(m.max_abs for m in measurements), "0.002–0.01", "≤ 0.02"),
+    ]  # fmt: skip
+    printer.line("-" * WIDTH)
+    printer.line(f"  {'metric':<14}{'mean value':<12}{'typical range':<15}{'band':<12}hard limit")
+    printer.line("  " + "-" * (WIDTH - 2))
+    for label, band, value, typical, hard in rows:
+        zone = band.zone(value)
+        # Padded by what is visible: colour codes take no room on the screen.
+        mark = printer.mark(zone, zone.name) + " " * (10 - len(zone.name))
+        printer.line(f"  {label:<14}{value:<12.6f}{typical:<15}{mark}{hard}")
+
+
+def _print_flagged(printer: Printer, health: Health, problems: Sequence[str]) -> None:
+    if problems:
+        printer.line("-" * WIDTH)
+        for problem in problems[:LISTED]:
+            printer.line(f"  {printer.mark(Zone.FAIL)} {problem}")
+        if problems[LISTED:]:
+            printer.line(f"  … and {len(problems) - LISTED} more")
+    if health.flagged:
+        printer.line("-" * WIDTH)
+        printer.line("  Not GOOD, worst first         cosine    mean abs   max abs")
+        for zone, m in health.flagged[:LISTED]:
+            printer.line(f"  {printer.mark(zone)} {printable(m.name)}")
+            printer.line(f"{'':<32}{m.cosine:<10.6f}{m.mean_abs:<11.6f}{m.max_abs:.5f}")
+        if health.flagged[LISTED:]:
+            rest = Counter(z for z, _ in health.flagged[LISTED:])
+            printer.line("  … and " + ", ".join(f"{n} more {z.name}" for z, n in rest.items()))
