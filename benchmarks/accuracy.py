@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What each mode loses on stated weights: the table of the README.
+"""What each mode loses on stated weights: the tables of docs/modes.md and docs/activation-statistics.md.
 
 4096 x 4096 weights of standard deviation 0.02, Gaussian and heavy-tailed (Student's t, 5 degrees of
 freedom), through the same kernels and the same measurement as a run.
