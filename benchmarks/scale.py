@@ -33,7 +33,7 @@ from fp8lib.checkpoint.directory import open_checkpoint
 from fp8lib.checkpoint.layout import Passthrough
 from fp8lib.checkpoint.plan import Plan, make_plan, to_json
 from fp8lib.numerics.modes import Calibration
-from fp8lib.streaming import devices, pipeline, shard_job, units
+from fp8lib.streaming import convert, devices, pipeline, shard_job, units
 
 QUANTIZE = Path(__file__).resolve().parent.parent / "quantize_fp8.py"
 PER_EXPERT = ", per expert"
@@ -212,7 +212,7 @@ def measure_rate(folder: Path, device: str, repeat: int) -> float:
     checkpoints.write(folder / "in", replace(checkpoints.BENCHMARK, layers=2), 4)
     plan = make_plan(open_checkpoint(folder / "in"))
     target = devices.choose_device(device)
-    settings = shard_job.Settings(Calibration(), target, devices.default_workers(target))
+    settings = shard_job.Settings(convert.Nearest(Calibration()), target, devices.default_workers(target))
     rates = []
     for _ in range(repeat):
         shutil.rmtree(folder / "out", ignore_errors=True)

@@ -22,6 +22,7 @@ from fp8lib.checkpoint.layout import ShardPlan
 from fp8lib.checkpoint.plan import make_plan
 from fp8lib.numerics.modes import MODES, Calibration
 from fp8lib.streaming import direct, writer
+from fp8lib.streaming.convert import Nearest
 from fp8lib.streaming.pipeline import process
 from fp8lib.streaming.shard_job import Settings
 from fp8lib.streaming.units import divide
@@ -621,7 +622,8 @@ def test_the_size_of_a_piece_changes_no_byte_and_no_measurement(
     for piece in (0, 1, 256 * 1024 + 1, 2**40):  # default, one row of blocks, two of them, all at once
         folder = tmp_path / str(piece)
         folder.mkdir()
-        settings = Settings(Calibration(mode), torch.device("cpu"), 2, statistics.importance, piece=piece)
+        convert = Nearest(Calibration(mode), statistics.importance)
+        settings = Settings(convert, torch.device("cpu"), 2, piece=piece)
         work = divide(list(plan.shards), 1, False)
         done = [each for each in process(work, folder, settings, check=check) if each.final]
         found.append((files(folder), [each.check.measurements() for each in done]))

@@ -108,14 +108,14 @@ def agree(ranks: Ranks, verdict: Zone | None) -> Zone:
 def settings_for(flags: Namespace, statistics: Statistics | None, ranks: Ranks):
     """How this rank processes shards: `streaming.shard_job.Settings`."""
     from fp8lib.streaming import devices
+    from fp8lib.streaming.convert import Nearest
     from fp8lib.streaming.shard_job import Settings
 
     device = devices.choose_device(flags.device, ranks.local_rank)
     return Settings(
-        calibration=flags.calibration,
+        convert=Nearest(flags.calibration, statistics.importance if statistics else None),
         device=device,
         workers=flags.workers or devices.default_workers(device, ranks.local_world),
-        importance=statistics.importance if statistics else None,
         checksums=flags.checksums,
     )
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import torch
 
 from fp8lib import Fp8Error
@@ -15,8 +14,7 @@ from fp8lib.checkpoint.headers import Shard
 from fp8lib.checkpoint.layout import Matrix, Passthrough
 from fp8lib.checkpoint.untrusted import printable
 from fp8lib.numerics.blocks import BLOCK, blocks
-from fp8lib.numerics.modes import Calibration
-from fp8lib.numerics.scales import quantize_blocks
+from fp8lib.streaming.convert import Conversion
 from fp8lib.streaming.lanes import DTYPES, Files, Lane, ReadAhead, as_bytes
 from fp8lib.streaming.units import Unit, pieces
 from fp8lib.streaming.writer import ShardWriter
@@ -42,19 +40,16 @@ class Settings:
     """How shards are processed.
 
     Attributes:
-        calibration: how scales are chosen.
+        convert: what becomes of the rows of a weight.
         device: where kernels run.
         workers: worker threads; each has one more that writes and one that reads ahead.
-        importance: (weight's name, columns) -> float32 [columns], mean square of each input channel, or
-            None for 1; None without activation statistics.
         checksums: compute the SHA-256 of every shard from the bytes as they are written.
         piece: weights per piece, 0 for the device's default.
     """
 
-    calibration: Calibration
+    convert: Conversion
     device: torch.device
     workers: int
-    importance: Callable[[str, int], np.ndarray | None] | None = None
     checksums: bool = False
     piece: int = 0
 
@@ -146,9 +141,7 @@ class ShardJob:
         start = matrix.start + first * matrix.input_row_bytes
         raw = lane.read("in", self.files, self.source.path, start, nbytes)
         host = raw.view(DTYPES[matrix.dtype]).view(last - first, matrix.columns)
-        codes, scales = quantize_blocks(
-            lane.to_device(host), self.settings.calibration, self._importance(lane, matrix)
-        )
+        codes, scales = self.settings.convert(matrix, lane.to_device(host), first)
         output = lane.next_output()
         codes = lane.to_host(f"codes {output}", codes)
         scales = lane.to_host(f"scales {output}", scales)
@@ -161,12 +154,6 @@ class ShardJob:
             (matrix.weight.start + first * matrix.columns, as_bytes(codes)),
             (matrix.scale.start + first // BLOCK * scale_row_bytes, as_bytes(scales)),
         )
-
-    def _importance(self, lane: Lane, matrix: Matrix) -> torch.Tensor | None:
-        if self.settings.importance is None:
-            return None
-        values = self.settings.importance(matrix.weight.name, matrix.columns)
-        return None if values is None else lane.to_device(torch.from_numpy(values))
 
     def _copy(self, lane: Lane, item: Passthrough, first: int, last: int) -> tuple[int, Future]:
         """Bytes first..last of a tensor that is kept. Returns as `_quantize`."""
