@@ -82,7 +82,7 @@ def natural(text: str) -> int:
 def positive(text: str) -> int:
     """A flag's value as a whole number from 1 on."""
     if not (text.isascii() and text.isdecimal() and int(text)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 1 or more")
+        raise argparse.ArgumentTypeError(f"must be 1 or more")
     return int(text)
 
 
