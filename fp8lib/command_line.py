@@ -81,8 +81,10 @@ def natural(text: str) -> int:
 
 def positive(text: str) -> int:
     """A flag's value as a whole number from 1 on."""
-    if not (text.isascii() and text.isdecimal() and int(text)):
-        raise argparse.ArgumentTypeError(f"must be 1 or more")
+    if not text.removeprefix("-").isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
     return int(text)
 
 
