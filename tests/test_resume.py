@@ -21,7 +21,7 @@ import pytest
 import forked
 from conftest import SCRIPT
 from forked import At
-from test_refusals import edit_header
+from safetensors_by_hand import edit_header, read_header
 
 MANIFEST, CONFIG, INDEX = "fp8_quantization.json", "config.json", "model.safetensors.index.json"
 LOCK = ".fp8_quantization.lock"
@@ -302,10 +302,9 @@ def test_a_shard_that_is_being_completed_when_another_fails_is_recorded(
     broken = folder / SHARDS[1]
     good, times = broken.read_bytes(), broken.stat()
     nan = bytearray(good)
-    length = int.from_bytes(good[:8], "little")
-    header = json.loads(good[8 : 8 + length])
-    start = next(t["data_offsets"][0] for name, t in header.items() if name.endswith("experts.down_proj"))
-    nan[8 + length + start : 8 + length + start + 2] = b"\xc0\x7f"
+    header, start = read_header(broken)
+    start += next(t["data_offsets"][0] for name, t in header.items() if name.endswith("experts.down_proj"))
+    nan[start : start + 2] = b"\xc0\x7f"
     broken.write_bytes(nan)
     os.utime(broken, ns=(times.st_atime_ns, times.st_mtime_ns))
     ended = quantize(folder, output, "--checksums", at=At("fsync", 1, SHARDS[0], "time.sleep(1)"))
