@@ -81,8 +81,8 @@ def natural(text: str) -> int:
 
 def positive(text: str) -> int:
     """A flag's value as a whole number from 1 on."""
-    if not (text.isascii() and text.isdecimal() and int(text)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    if text.startswith("-") or natural(text) == 0:
+        raise argparse.ArgumentTypeError("must be 1 or more")
     return int(text)
 
 
