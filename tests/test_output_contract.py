@@ -336,18 +336,18 @@ def test_direct_writes_make_the_same_files(
     checkpoint: Callable, cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple
 ) -> None:
     source = checkpoint("moe", shards=3, vocab_size=5001)  # an embedding that fills no whole pages
-    counts = {"direct": 0, "all": 0}
+    writes = []  # several threads write: `append` loses nothing, `+=` would
 
     def write_at(fd: int, offset: int, data: bytes | memoryview, path: Path) -> None:
-        counts["direct"] += len(data) * bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)
-        counts["all"] += len(data) * path.name.endswith(".safetensors")
+        if path.name.endswith(".safetensors"):
+            writes.append((len(data), bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)))
         plain_write_at(fd, offset, data, path)
 
     plain_write_at = writer.write_at
     monkeypatch.setattr(writer, "write_at", write_at)
     arguments = ["--input_dir", source, *flags, "--output_dir"]
     assert cli(*arguments, tmp_path / "direct").rc == 0
-    share = counts["direct"] / counts["all"]
+    share = sum(n for n, is_direct in writes if is_direct) / sum(n for n, _ in writes)
     with monkeypatch.context() as patch:
         patch.setattr(direct, "_FILE_SYSTEMS", set())
         assert cli(*arguments, tmp_path / "cached").rc == 0
