@@ -1,7 +1,7 @@
 """Prints the summary of a run."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fp8lib.checkpoint.plan import Plan
@@ -35,6 +35,7 @@ def print_summary(
     problems: Sequence[str],
     health: Health | None,
     covered: int | None,
+    loading: Callable[[], None],
 ) -> None:
     """The health summary.
 
@@ -47,6 +48,7 @@ def print_summary(
         problems: structural deviations.
         health: what to make of them; None if verification was skipped.
         covered: quantized tensors with activation statistics; None if there was no file.
+        loading: prints what engines need to load the directory.
     """
     printer.line("=" * WIDTH)
     printer.line("  QUANTIZATION VERIFICATION SUMMARY")
@@ -57,6 +59,7 @@ def print_summary(
     printer.line(f"  Shards processed    : {totals.shards}  ({failed} failed)")
     printer.line(f"  FP8 weight tensors  : {totals.fp8}")
     printer.line(f"  Passthrough tensors : {totals.passthrough}")
+    loading()
     if health is None:
         printer.line("  Spot-checked        : 0  (verification skipped)")
         printer.line("-" * WIDTH)
