@@ -33,6 +33,7 @@ ENGINES = ("vLLM", "SGLang")
 _SMALLEST_REFINED = 32
 """Rows and columns of the smallest blocks that vLLM divides an expert's into."""
 _ROW_PARALLEL = ("o_proj.weight", "out_proj.weight", "down_proj.weight")
+_LINEAR = re.compile(r"layers\.\*\..+_(?:proj|qkv|z)\.weight$|\.experts\.down_proj$")
 _LAST_PARTS = ("v_proj.weight", "up_proj.weight", "in_proj_z.weight")
 _HEADS = (
     ("self_attn.", "num_attention_heads"),
@@ -142,7 +143,7 @@ def _refusals(kinds: Iterable[_Kind], heads: dict[str, int], ranks: int, engine:
     if engine == "vLLM" and ranks > heads.get("num_experts", ranks):
         yield f"{heads['num_experts']} experts are fewer than {ranks} GPUs"
     keys = heads.get("linear_num_key_heads", 0) * heads.get("linear_key_head_dim", 0)
-    linears = sorted({(k.name, k.fp8, k.shape) for k in kinds if len(k.shape) >= 2 and "layers.*" in k.name})
+    linears = sorted({(k.name, k.fp8, k.shape) for k in kinds if _LINEAR.search(k.name)})
     for name, fp8, shape in linears:
         for part, count, parts in _parts(name, shape, keys, kv_heads, ranks):
             # Uncut, a row-parallel weight may end inside a block; in vLLM a merged weight's last part, too.
