@@ -40,9 +40,9 @@ def listed(output: Path) -> list[str]:
 
 def test_official_adds_out_proj_and_shared_experts_and_nothing_else(checkpoint: Callable) -> None:
     source = checkpoint("moe")
-    shared = [
-        f"{layer}.mlp.shared_expert.{p}_proj" for layer in layers("moe") for p in ("gate", "up", "down")
-    ]
+    projections = [f"mlp.shared_expert.{p}_proj" for p in ("gate", "up", "down")]
+    layers = [*(f"{LAYER}.{i}" for i in range(4)), "mtp.layers.0"]
+    shared = [f"{layer}.{projection}" for layer in layers for projection in projections]
     out = [f"{LAYER}.{i}.linear_attn.out_proj" for i in range(3)]  # layer 3 and mtp's have full attention
     assert fp8(source, eligibility="official") - fp8(source) == {*shared, *out}
     assert fp8(source) < fp8(source, eligibility="official")
