@@ -143,7 +143,8 @@ def _refusals(kinds: Iterable[_Kind], heads: dict[str, int], ranks: int, engine:
     if engine == "vLLM" and ranks > heads.get("num_experts", ranks):
         yield f"{heads['num_experts']} experts are fewer than {ranks} GPUs"
     keys = heads.get("linear_num_key_heads", 0) * heads.get("linear_key_head_dim", 0)
-    linears = sorted({(k.name, k.fp8, k.shape) for k in kinds if _LINEAR.search(k.name)})
+    matrices = (k for k in kinds if len(k.shape) >= 2 and _LINEAR.search(k.name))
+    linears = sorted({(k.name, k.fp8, k.shape[-2:]) for k in matrices})
     for name, fp8, shape in linears:
         for part, count, parts in _parts(name, shape, keys, kv_heads, ranks):
             # Uncut, a row-parallel weight may end inside a block; in vLLM a merged weight's last part, too.
@@ -192,7 +193,7 @@ def _parts(
 
 def _experts(fp8: bool, shape: tuple[int, ...], ranks: int, engine: str) -> str | None:
     """Why an engine does not cut the experts, given the shape of their down_proj; None if it does."""
-    hidden, width = shape[-2:]
+    hidden, width = shape
     if fp8 and engine == "vLLM" and width % ranks == 0:
         refined = math.gcd(BLOCK, width // ranks, hidden)
         if refined >= _SMALLEST_REFINED:
