@@ -3,6 +3,7 @@
 
 import argparse
 
+from fp8lib.checkpoint.rules import ELIGIBILITIES, Selection
 from fp8lib.command_line import Command, Parser, path, positive
 from fp8lib.numerics.modes import MODES, PHASES, SCALE_FORMATS, Calibration
 
@@ -60,6 +61,23 @@ def make_parser() -> Parser:
         help="statistics from collect_activation_stats.py; rms and mse weight channels by them",
     )  # fmt: skip
 
+    group = parser.add_argument_group("what is quantized")
+    group.add_argument(
+        "--eligibility", choices=ELIGIBILITIES, default="toolkit",
+        help="official also quantizes linear_attn.out_proj and shared experts, like Qwen's own FP8 releases "
+        "(%(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--keep_bf16", action="append", default=[], metavar="PATTERN",
+        help="keep modules whose name matches, such as '*.layers.0.mlp.*', whole fusion groups at a time; "
+        "wins over all else; repeatable",
+    )  # fmt: skip
+    group.add_argument(
+        "--quantize", action="append", default=[], metavar="PATTERN",
+        help="quantize modules of the official set whose name matches, whole fusion groups at a time; "
+        "repeatable",
+    )  # fmt: skip
+
     group = parser.add_argument_group("hardware")
     group.add_argument(
         "--device", default="auto", help="auto, cpu, cuda or cuda:N (auto: CUDA when there is one)"
@@ -104,6 +122,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     if flags.calib_mode == "mse" and flags.scale_format == "ue8m0" and flags.mse_grid_size != PHASES:
         flags.notes += ("--mse_grid_size has no effect with --scale_format ue8m0",)
+    flags.selection = Selection(flags.eligibility, tuple(flags.keep_bf16), tuple(flags.quantize))
     flags.calibration = Calibration(
         mode=flags.calib_mode,
         rms_factor=flags.rms_factor,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fp8lib import Fp8Error
 from fp8lib.checkpoint.directory import CONFIG, Checkpoint, open_checkpoint
+from fp8lib.checkpoint.matching import mismatches
 from fp8lib.checkpoint.untrusted import printable
 from fp8lib.job import manifest
 from fp8lib.job.manifest import ShardResult
@@ -39,9 +40,10 @@ def verify_only(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
         earlier = manifest.load(flags.output_dir)
     if earlier and not earlier.made_from(original.shards):
         talk.warn(f"by its {manifest.MANIFEST}, {printable(flags.output_dir)} was not made from this input")
+    outputs = [tensor for shard in quantized.shards for tensor in shard.tensors]
+    unread = mismatches(outputs, quantized.config)
     if "quantization_config" not in quantized.config:
-        problem = f"{CONFIG}: has no quantization_config, so no engine will read the weights as FP8"
-        pairings[0][2].append(problem)
+        unread.append(f"{CONFIG}: has no quantization_config, so no engine will read the weights as FP8")
     work = [
         ToCheck(shard.name, shard.size, shard_check(flags, shard.name, pairs, problems))
         for shard, pairs, problems in pairings
@@ -62,10 +64,11 @@ def verify_only(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
         calibration = Calibration.parse(str(used))
     fp8 = sum(len(pairs) for _, pairs, _ in pairings)
     kept = sum(len(shard.tensors) for shard in quantized.shards) - 2 * fp8
+    ordered[0] = replace(ordered[0], problems=(*unread, *ordered[0].problems))
     label = f"{printable(used or 'unknown')} (verify only)"
-    return agree(
-        ranks, summarize(flags, talk, calibration, label, ordered, Totals(len(work), fp8, kept), None)
-    )
+    totals = Totals(len(work), fp8, kept)
+    verdict = summarize(flags, talk, calibration, label, ordered, totals, None, outputs, quantized.config)
+    return agree(ranks, verdict)
 
 
 def _open_finished(folder: Path) -> Checkpoint:

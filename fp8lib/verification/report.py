@@ -45,6 +45,7 @@ def print_summary(
     health: Health | None,
     covered: int | None,
     powers_of_two: bool,
+    loading: Callable[[], None],
 ) -> None:
     """The health summary.
 
@@ -58,6 +59,7 @@ def print_summary(
         health: what to make of them; None if verification was skipped.
         covered: quantized tensors with activation statistics; None if there was no file.
         powers_of_two: whether the scales are meant to be.
+        loading: prints what engines need to load the directory.
     """
     printer.line("=" * WIDTH)
     printer.line("  QUANTIZATION VERIFICATION SUMMARY")
@@ -68,6 +70,7 @@ def print_summary(
     printer.line(f"  Shards processed    : {totals.shards}  ({failed} failed)")
     printer.line(f"  FP8 weight tensors  : {totals.fp8}")
     printer.line(f"  Passthrough tensors : {totals.passthrough}")
+    loading()
     if health is None:
         printer.line("  Spot-checked        : 0  (verification skipped)")
         printer.line("-" * WIDTH)
