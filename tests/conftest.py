@@ -28,6 +28,20 @@ import quantize_fp8
 import tiny_checkpoints
 
 SCRIPT = Path(quantize_fp8.__file__).resolve()
+SLOW = {
+    "test_calibration",
+    "test_collect_cli",
+    "test_collect_torchrun",
+    "test_faults",
+    "test_fuzz",
+    "test_hostile_files",
+    "test_layerwise",
+    "test_layouts",
+    "test_resume",
+    "test_scale",
+    "test_torchrun",
+}
+"""Files that `make check` leaves out: whole models by transformers, hundreds of runs, real torchrun."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +59,11 @@ def pytest_configure() -> None:
         torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem in SLOW:
+            item.add_marker(pytest.mark.slow)
     if torch.cuda.is_available():
         return
     for item in items:

@@ -162,6 +162,7 @@ def start(
     *arguments: object,
     command: str = "quantize_fp8",
     env: dict[str, str] | None = None,
+    streams: dict[str, str] | None = None,
     at: At | None = None,
     before: str = "",
     umask: int | None = None,
@@ -173,6 +174,7 @@ def start(
         arguments: of the command line.
         command: a key of `COMMANDS`.
         env: environment variables beside those of the tests.
+        streams: what to open for "out" and "err" instead of the files that `Ended` is read from.
         at: something to do in the middle of it.
         before: statements to run first.
         umask: of the run.
@@ -186,6 +188,7 @@ def start(
             "arguments": [str(a) for a in arguments],
             "command": command,
             "env": env or {},
+            "streams": streams or {},
             "at": at and asdict(at),
             "before": before,
             "umask": umask,
@@ -244,9 +247,14 @@ def _be(task: dict) -> None:
     """Become the run."""
     folder = Path(task["folder"])
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), number)
     os.environ.update(task["env"])
+    encoding = task["env"].get("PYTHONIOENCODING", "utf-8")
+    for number, name, errors in ((1, "out", "strict"), (2, "err", "backslashreplace")):  # as Python's own
+        (folder / name).touch()
+        place = task["streams"].get(name, folder / name)
+        os.dup2(os.open(place, os.O_WRONLY | os.O_NOCTTY), number)
+        stream = open(number, "w", encoding=encoding, errors=errors, closefd=False)  # noqa: SIM115
+        setattr(sys, f"std{name}", stream)
     rc = 99
     try:
         if task["umask"] is not None:

@@ -21,7 +21,7 @@ import forked_ranks
 from forked import Ended
 from forked_ranks import Rank
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks that collect")]  # one server of forks for all
+pytestmark = pytest.mark.xdist_group("collecting ranks")  # one server of forks for all
 
 SCRIPT = Path(collect_activation_stats.__file__).resolve()
 

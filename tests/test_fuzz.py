@@ -33,6 +33,8 @@ import quantize_fp8
 from fp8lib.checkpoint.headers import ITEM_SIZE
 from safetensors_by_hand import put_together, take_apart
 
+pytestmark = pytest.mark.xdist_group("fuzz")  # its last test looks at what the others counted
+
 CASES = int(os.environ.get("FP8_FUZZ_CASES", 0))
 CONFIG, INDEX, MANIFEST, SUMS = (
     "config.json",

@@ -37,11 +37,25 @@ def folder(checkpoint: Callable, copy_of: Callable) -> Path:
     return copy_of(checkpoint(MODEL[0], **MODEL[1]))
 
 
+def run_within(seconds: float, *arguments: object) -> forked.Ended:
+    """A run that takes so much processor time at most, and `MEMORY`.
+
+    What else the machine does (a core's other thread, its caches) can double the time of a run, not that of
+    the quickest of three.
+    """
+    for _ in range(3):
+        ended = forked.run(*arguments)
+        assert ended.grown < MEMORY
+        if ended.cpu < seconds:
+            return ended
+    raise AssertionError(f"it took {ended.cpu} s each time")
+
+
 def assert_refused(folder: Path, *flags: object, fragment: str = "") -> None:
     """Exit 2, one line that can be read on a terminal, in time, in bounds, and no output directory."""
     output = folder.parent / "out"
     around = sorted(os.listdir(folder.parent))
-    ended = forked.run("--input_dir", folder, "--output_dir", output, *flags, timeout=30)
+    ended = run_within(SECONDS, "--input_dir", folder, "--output_dir", output, *flags)
     assert (ended.rc, ended.out) == (2, ""), ended.err
     assert ended.err.startswith("error: ")
     assert ended.err.endswith("\n")
@@ -49,8 +63,6 @@ def assert_refused(folder: Path, *flags: object, fragment: str = "") -> None:
     assert len(ended.err) < 3000
     assert fragment in ended.err
     assert "--debug" not in ended.err, "an error that nobody has thought of"
-    assert ended.cpu < SECONDS
-    assert ended.grown < MEMORY
     assert sorted(os.listdir(folder.parent)) == around
 
 
@@ -662,13 +674,11 @@ def test_statistics_are_refused(make: Callable, folder: Path) -> None:
     make(path)
     limit = SECONDS if path.is_symlink() or not path.is_file() or path.stat().st_size < 10**8 else 4 * SECONDS
     output = folder.parent / "out"
-    ended = forked.run("--input_dir", folder, "--output_dir", output, "--activation_stats", path)
+    ended = run_within(limit, "--input_dir", folder, "--output_dir", output, "--activation_stats", path)
     assert (ended.rc, ended.out) == (2, ""), ended.err
     assert ended.err.startswith("error: ")
     assert ended.err[:-1].isprintable(), ended.err
     assert "--debug" not in ended.err
-    assert ended.cpu < limit
-    assert ended.grown < MEMORY
     assert not output.exists()
 
 

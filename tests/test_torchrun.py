@@ -247,8 +247,8 @@ def ranks(tmp_path: Path) -> Callable[..., Done]:
         records.mkdir()
         ended = forked_ranks.run(
             [Rank()] * job if isinstance(job, int) else job, "--device", "cpu", *arguments,
-            machines=machines, env={"RECORDS": str(records), **env},
-            before=WATCH + "sys.stdout.reconfigure(encoding='ascii')",  # as `cli` prints
+            machines=machines, before=WATCH,
+            env={"RECORDS": str(records), "PYTHONIOENCODING": "ascii", **env},  # as `cli` prints
         )  # fmt: skip
         return Done([each.rc for each in ended], "".join(each.out + each.err for each in ended), records)
 
