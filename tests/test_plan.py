@@ -14,8 +14,10 @@ from fp8lib import Fp8Error
 from fp8lib.checkpoint.directory import open_checkpoint
 from fp8lib.checkpoint.headers import read_shard
 from fp8lib.checkpoint.plan import Plan, make_plan
+from fp8lib.checkpoint.rules import fused_experts_part, fusion_group, one_expert_part
 
-ITEM_SIZE = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I64": 8, "U8": 1, "BOOL": 1, "F8_E5M2": 1}
+ITEM_SIZE = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I64": 8, "U8": 1, "BOOL": 1}
+ITEM_SIZE |= dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0"), 1)
 Entries = dict[str, tuple[str, tuple[int, ...]]]
 """name -> (dtype, shape)."""
 
@@ -185,6 +187,8 @@ def test_a_name_that_only_looks_like_a_quantized_one_is_kept(name: str, tmp_path
     assert quantized(plan) == layer("model.layers.7").keys()
     listed = [name.removesuffix(".weight")] if name.endswith(".weight") else []
     assert list(plan.modules_to_not_convert) == listed
+    # Calibration, which asks the rules about names alone, sees nothing to record in it.
+    assert (fusion_group(name), fused_experts_part(name), one_expert_part(name)) == (None, None, None)
 
 
 @pytest.mark.parametrize(
@@ -266,6 +270,22 @@ def test_the_output_is_in_the_order_of_the_input_within_four_stretches(tmp_path:
     assert read_shard(path).tensors == tuple(outputs)
 
 
+@pytest.mark.parametrize("longer", range(8))
+def test_whatever_the_headers_length_data_begins_aligned_and_fp8_on_a_page(
+    longer: int, tmp_path: Path
+) -> None:
+    entries = {"n" * (1 + longer): ("F32", (2,))} | layer("layers.0")
+    plan = plan_of(tmp_path, entries)
+    outputs = list(plan.shards[0].outputs())
+    assert outputs[0].start == len(plan.shards[0].header)
+    assert outputs[0].start % 8 == 0  # as the safetensors library writes it
+    assert (outputs[1].dtype, outputs[1].start % 4096) == ("F8_E4M3", 0)
+    kept_only = write(tmp_path / "kept", {"n" * (1 + longer): ("BF16", (3,))}, file="a.safetensors")
+    write(kept_only, layer("layers.0"), file="b.safetensors")
+    shard = make_plan(open_checkpoint(kept_only)).shards[0]
+    assert next(shard.outputs()).start % 8 == 0
+
+
 # --- refused -----------------------------------------------------------------------------------
 
 
@@ -275,6 +295,27 @@ def test_a_weight_of_another_dtype_is_refused_by_name(dtype: str, tmp_path: Path
     entries = layer("layers.0")
     entries["layers.0.mlp.up_proj.weight"] = (dtype, (256, 256))
     with pytest.raises(Fp8Error, match=r"layers\.0\.mlp\.up_proj\.weight: "):
+        plan_of(tmp_path, entries)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_tensor_that_the_output_would_hold_twice_is_refused(shards: int, tmp_path: Path) -> None:
+    """Such as the scales that an interrupted conversion by another tool has left."""
+    name = "layers.0.mlp.down_proj.weight_scale_inv"
+    stale = {name: ("BF16", (2, 2))}
+    if shards == 1:
+        folder = write(tmp_path / "in", layer("layers.0") | stale)
+    else:
+        write(tmp_path / "in", layer("layers.0"), file="a.safetensors")
+        folder = write(tmp_path / "in", stale, file="b.safetensors")
+    with pytest.raises(Fp8Error, match=f"{name}: the output would hold it twice"):
+        make_plan(open_checkpoint(folder))
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "F8_E8M0"])
+def test_any_8_bit_float_is_refused_also_where_it_would_be_kept(dtype: str, tmp_path: Path) -> None:
+    entries = layer("layers.0") | {"lm_head.weight": (dtype, (256, 256))}
+    with pytest.raises(Fp8Error, match=r"lm_head\.weight: .*already quantized"):
         plan_of(tmp_path, entries)
 
 
