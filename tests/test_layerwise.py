@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny_checkpoints
 from calibration_runs import KINDS, NO_LIMIT, PAD, NoProgress, collect, plan_of, prompts_of
+from forked import PATIENCE
 from fp8lib import Fp8Error
 from fp8lib.calibration.input_statistics import InputStatistics
 from fp8lib.calibration.recording import Recorder
@@ -173,7 +174,7 @@ def test_peak_memory_is_a_layer_and_the_hidden_states_and_a_gigabyte(tmp_path):
             sys.executable, "-c", REPORT_PEAK, ROOT / "collect_activation_stats.py", "--layerwise", "--quiet",
             "--model_dir", path, "--output", tmp_path / "stats.safetensors", "--prompts_file", prompts,
         ],
-        capture_output=True, encoding="utf-8", timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True, encoding="utf-8", timeout=PATIENCE, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     peak = int(done.stdout.rpartition("VmHWM:")[2].split()[0]) * 1024
