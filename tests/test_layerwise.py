@@ -25,6 +25,7 @@ from fp8lib.checkpoint.headers import ITEM_SIZE
 from fp8lib.model import layerwise
 from fp8lib.model.prompts import Batch, make_batches
 from fp8lib.streaming.lanes import Files
+from safetensors_by_hand import put_together
 
 ROOT = Path(layerwise.__file__).parents[2]
 
@@ -210,14 +211,14 @@ def write_sparse(path: Path, **sizes: int) -> dict[str, int]:
         end += tensor.nbytes
         short = name.removeprefix("model.")
         by_layer[".".join(short.split(".")[:2]) if short.startswith("layers.") else short] += tensor.nbytes
-    text = json.dumps(header).encode()
-    with (path / "model.safetensors").open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
+    put_together(path / "model.safetensors", header)
+    with (path / "model.safetensors").open("r+b") as file:
+        length = file.seek(0, os.SEEK_END)
+        file.truncate(length + end)
         start, stop = header["model.embed_tokens.weight"]["data_offsets"]
         values = embedding.repeat(1, config.hidden_size // embedding.shape[1])
         assert values.nbytes == stop - start
-        file.seek(8 + len(text) + start)
+        file.seek(length + start)
         file.write(values.view(torch.uint8).numpy().tobytes())
     return dict(by_layer)
 
