@@ -26,6 +26,7 @@ from filelock import FileLock
 
 import quantize_fp8
 import tiny_checkpoints
+from forked import PATIENCE
 
 SCRIPT = Path(quantize_fp8.__file__).resolve()
 SLOW = {
@@ -164,7 +165,7 @@ def run() -> Callable[..., Result]:
         done = subprocess.run(
             [sys.executable, SCRIPT, *map(str, arguments)],
             env={**inherited, "PYTHONIOENCODING": "utf-8", "COLUMNS": "80", **(env or {})},
-            **{"capture_output": True, "encoding": "utf-8", "timeout": 120, **options},
+            **{"capture_output": True, "encoding": "utf-8", "timeout": PATIENCE, **options},
         )
         return Result(done.returncode, done.stdout, done.stderr)
 

@@ -37,6 +37,8 @@ from pathlib import Path
 
 OPERATIONS = ("mkdir", "open", "ftruncate", "pwrite", "fsync", "close", "rename", "unlink")
 """Functions of `os` through which everything goes that a run does to files."""
+PATIENCE = 300
+"""Seconds until a test takes for hanging what it waits for; on a quiet machine everything takes a few."""
 REPOSITORY = Path(__file__).resolve().parent.parent
 COMMANDS = {
     "quantize_fp8": "import torch, torch.distributed",
@@ -88,13 +90,13 @@ class Started:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self.pid = int(_eventually(folder / "pid", 60))
+        self.pid = int(_eventually(folder / "pid", PATIENCE))
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, number)
 
-    def wait_until_stopped(self, timeout: float = 30) -> None:
+    def wait_until_stopped(self, timeout: float = PATIENCE) -> None:
         """Wait for the moment of `At(…, do="stop")`.
 
         Raises:
@@ -106,7 +108,7 @@ class Started:
                 raise TimeoutError(self.pid)
             time.sleep(0.005)
 
-    def wait(self, timeout: float = 60) -> Ended:
+    def wait(self, timeout: float = PATIENCE) -> Ended:
         """How it ended; a run that does not end in time is killed.
 
         Raises:
@@ -198,7 +200,7 @@ def start(
     return Started(folder)
 
 
-def run(*arguments: object, timeout: float = 60, **options: object) -> Ended:
+def run(*arguments: object, timeout: float = PATIENCE, **options: object) -> Ended:
     """`start`, then wait for the end."""
     return start(*arguments, **options).wait(timeout)
 

@@ -60,7 +60,7 @@ def start(
 
 
 def run(
-    ranks: Sequence[Rank], *arguments: object, timeout: float = 90, **options: object
+    ranks: Sequence[Rank], *arguments: object, timeout: float = forked.PATIENCE, **options: object
 ) -> list[forked.Ended]:
     """`start`, then wait for the end of each, at most `timeout` seconds."""
     store = options.pop("store", None) or new_store()

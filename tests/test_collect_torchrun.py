@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import collect_activation_stats
 import forked_ranks
-from forked import Ended
+from forked import PATIENCE, Ended
 from forked_ranks import Rank
 
 pytestmark = pytest.mark.xdist_group("collecting ranks")  # one server of forks for all
@@ -186,7 +186,7 @@ def test_torchrun_restarts_what_a_killed_rank_was_part_of(checkpoint, prompts, a
     ]  # fmt: skip
     own = {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8", "IN": "1", "MARK": str(tmp_path / "killed")}
     done = subprocess.run(
-        list(map(str, command)), cwd=tmp_path, capture_output=True, encoding="utf-8", timeout=180,
+        list(map(str, command)), cwd=tmp_path, capture_output=True, encoding="utf-8", timeout=PATIENCE,
         env={**os.environ, **own},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import SCRIPT
-from forked import At
+from forked import PATIENCE, At
 from safetensors_by_hand import read_header
 from test_resume import (
     CONFIG,
@@ -524,7 +524,7 @@ def in_shell(command: str, source: Path, output: Path) -> subprocess.CompletedPr
     tool = f'"{sys.executable}" "{SCRIPT}" --input_dir "{source}" --output_dir "{output}"'
     return subprocess.run(
         ["bash", "-o", "pipefail", "-c", command.replace("$TOOL", tool)],
-        capture_output=True, encoding="utf-8", timeout=120,
+        capture_output=True, encoding="utf-8", timeout=PATIENCE,
     )  # fmt: skip
 
 

@@ -30,6 +30,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 import quantize_fp8
+from forked import PATIENCE
 from fp8lib.checkpoint.headers import ITEM_SIZE
 from safetensors_by_hand import put_together, take_apart
 
@@ -43,7 +44,7 @@ CONFIG, INDEX, MANIFEST, SUMS = (
     "SHA256SUMS",
 )
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-HANGS_AFTER = 30
+HANGS_AFTER = PATIENCE
 """Seconds; a case takes 20 ms."""
 
 outcomes: Counter[tuple[str, str]] = Counter()

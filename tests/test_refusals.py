@@ -24,7 +24,7 @@ from conftest import Result
 from fp8lib import Fp8Error
 from fp8lib.checkpoint.directory import open_checkpoint
 from fp8lib.checkpoint.plan import make_plan
-from safetensors_by_hand import edit_header, read_header
+from safetensors_by_hand import edit_header, put_together, read_header
 
 INDEX = "model.safetensors.index.json"
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -549,15 +549,14 @@ def test_a_checkpoint_larger_than_the_disk_is_refused_at_once(
     folder = copy_of(checkpoint(*FUSED[:1], **FUSED[1]))
     elements = shutil.disk_usage(tmp_path).free  # of 2 bytes: twice what is free
     header = {"model.visual.huge": {"dtype": "BF16", "shape": [elements], "data_offsets": [0, 2 * elements]}}
-    text = json.dumps(header).encode()
-    with (folder / "huge.safetensors").open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        try:
-            file.truncate(8 + len(text) + 2 * elements)
-        except OSError as error:
-            if error.errno != errno.EFBIG:
-                raise
-            pytest.skip("this file system has more free space than its largest file may have")
+    huge = folder / "huge.safetensors"
+    put_together(huge, header)
+    try:
+        os.truncate(huge, huge.stat().st_size + 2 * elements)
+    except OSError as error:
+        if error.errno != errno.EFBIG:
+            raise
+        pytest.skip("this file system has more free space than its largest file may have")
     result = cli("--input_dir", folder, "--output_dir", tmp_path / "out")
     assert_refused(result, str(tmp_path / "out"), "are free", "free some space")
     assert not (tmp_path / "out").exists()

@@ -18,7 +18,7 @@ import pytest
 
 import forked
 from conftest import SCRIPT
-from forked import At
+from forked import PATIENCE, At
 from safetensors_by_hand import edit_header, read_header
 
 MANIFEST, CONFIG, INDEX = "fp8_quantization.json", "config.json", "model.safetensors.index.json"
@@ -570,7 +570,7 @@ def test_a_damaged_manifest_is_refused_or_replaced(
     escaped.write_text("mine")
     damage(begun / MANIFEST)
     before = {name for name in os.listdir(begun) if not name.startswith(".")}
-    result = quantize(source, begun, "--checksums", *flags, timeout=20)
+    result = quantize(source, begun, "--checksums", *flags)
     if result.rc == 0:  # of what can still be told to be this tool's
         assert_same(begun, whole)
     else:
@@ -756,7 +756,7 @@ def test_a_signal_while_python_still_imports(number: signal.Signals, source: Pat
         while (line := process.stderr.readline()).rpartition("|")[2].strip() != module:
             assert line, f"it never imported {module}"
         process.send_signal(number)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=PATIENCE)
         assert process.returncode == 128 + number, module
         assert "Traceback" not in err
         assert "run the same command again" in err

@@ -25,14 +25,13 @@ from safetensors.torch import load_file, save_file
 
 import forked_ranks
 import quantize_fp8
+from forked import PATIENCE
 from forked_ranks import Rank
 from fp8lib.job.output_dir import Lock, await_lock
 from fp8lib.streaming.writer import ShardWriter
 
 SCRIPT = Path(quantize_fp8.__file__).resolve()
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
-TIMEOUT = 90
-"""Seconds for any run: 4 are usual, and what takes this long hangs."""
 MANIFEST = "fp8_quantization.json"
 
 WATCH = """
@@ -171,7 +170,7 @@ class Started:
                 )
 
     def wait(self) -> Done:
-        deadline = time.monotonic() + TIMEOUT
+        deadline = time.monotonic() + PATIENCE
         try:
             codes = [agent.wait(deadline - time.monotonic()) for agent in self.agents]
         finally:
@@ -180,7 +179,7 @@ class Started:
 
     def wait_for(self, kind: str, rank: int, attempt: int = 0) -> list[str]:
         """What a rank wrote down, once it did."""
-        deadline = time.monotonic() + TIMEOUT
+        deadline = time.monotonic() + PATIENCE
         while not (lines := notes(self.records, kind).get((rank, attempt))):
             assert time.monotonic() < deadline, self.output.read_text()
             time.sleep(0.01)
