@@ -1,5 +1,6 @@
 """What is recorded while a whole model runs: every number, every token once, and the model none the wiser."""
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import suppress
@@ -25,6 +26,9 @@ LINEARS = {  # the module that sees an input first -> the weights it feeds
     "self_attn.o_proj": ["self_attn.o_proj"],
     "mlp.gate_proj": ["mlp.gate_proj", "mlp.up_proj"],
     "mlp.down_proj": ["mlp.down_proj"],
+    "linear_attn.out_proj": ["linear_attn.out_proj"],
+    "mlp.shared_expert.gate_proj": ["mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"],
+    "mlp.shared_expert.down_proj": ["mlp.shared_expert.down_proj"],
 }
 
 
@@ -60,7 +64,9 @@ def seen_by(
             elif name not in LINEARS:
                 continue
             hooks.append(
-                module.register_forward_pre_hook(lambda _, args, full=full: caught[full].append(args[0][0]))
+                module.register_forward_pre_hook(
+                    lambda _, args, full=full: caught[full].append(args[0].flatten(0, -2))
+                )
             )
     for prompt in prompts:
         model(torch.tensor([prompt]), use_cache=False)
@@ -72,7 +78,7 @@ def seen_by(
             for x in tensors:
                 _route(blocks[full], x, full, seen)
             continue
-        layer, name = full.rsplit(".", 2)[0], ".".join(full.rsplit(".", 2)[1:])
+        layer, name = re.fullmatch(r"(.*layers\.\d+)\.(.+)", full).groups()
         for weight in LINEARS[name]:
             seen[f"{layer}.{weight}.weight"] += [x.double().numpy() for x in tensors]
     return seen
