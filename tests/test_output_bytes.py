@@ -113,3 +113,21 @@ def test_every_tensor_of_the_output_is_what_it_should_be(
             assert (reference.numpy64(codes) == reference.rounded(quotients)).all(), name
         with safe_open(path, "pt") as before, safe_open(tmp_path / "out" / path.name, "pt") as after:
             assert after.metadata() == (before.metadata() or {"format": "pt"})
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize(("row", "column"), [(0, 0), (127, 255), (128, 0), (299, 127), (299, 255)])
+def test_a_weight_that_is_not_a_number_is_named_wherever_it_is(
+    row: int, column: int, value: float, tmp_path: Path, cli: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_job, "CPU_PIECE", 1)
+    name = "model.layers.0.mlp.down_proj.weight"
+    weight = torch.full((300, 256), 2.0**-8).bfloat16()
+    weight[row, column] = value
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/config.json").write_text(json.dumps({"model_type": "qwen3_5"}))
+    save_file({name: weight}, tmp_path / "in/model.safetensors")
+    result = cli("--input_dir", tmp_path / "in", "--output_dir", tmp_path / "out", "--skip_verify")
+    assert result.rc == 2
+    assert f"NaN or infinity in {name}" in result.err
+    assert not (tmp_path / "out/config.json").exists()
