@@ -1,4 +1,4 @@
-"""Second-order rounding: codes of an independent implementation, near the optimum, never worse than nearest."""
+"""Second-order rounding: an independent implementation's codes, near the optimum, no worse than nearest."""
 
 import itertools
 from collections.abc import Iterator

@@ -7,19 +7,18 @@ columns are rounded one after the other, and a weight is moved first by what the
     H + damping = M M^T, M upper triangular;  A_ij = M_ij / M_jj
     adjusted_j = w_j + sum over i < j of e_i A_ij,   code_j = nearest(adjusted_j / scale),   e_j = w_j - w'_j
 
-Then column j of e M is (adjusted_j - w'_j) M_jj: all that is left is the rounding of adjusted weights, in units
-of what no later channel tells. This is the rounding of OBQ and GPTQ (arXiv:2208.11580, 2210.17323) in the form
-of LDLQ (arXiv:2307.13304, which shows them to be the same): one Cholesky factor of H and no inverse.
+Then column j of e M is (adjusted_j - w'_j) M_jj: all that is left is the rounding of adjusted weights, in
+units of what no later channel tells. This is the rounding of OBQ and GPTQ (arXiv:2208.11580, 2210.17323) in
+the form of LDLQ (arXiv:2307.13304, which shows them to be the same): one Cholesky factor of H and no inverse.
 Channels come in the order of decreasing H_jj, because those that come late have few left to correct them.
 Scales belong to original columns: a column carries its block's scale to its new place.
 
 Rows know nothing of each other, and sums are exact, so that no size of pieces, device or library changes a
 code. A is rounded to 2^-21 of its column's largest value, e to 2^-24 of the largest that it can be (|w| + 448
-scale, in 128 columns). A product has 45 bits, the sum of 128 of them 52, and float64 holds 53: a matrix product
-is right in whichever order it adds. In float32 the order, and so a code now and then, would depend on the
-number of rows. The factorization is the one step that owes its last bits to a library; rounding A drops
-nearly all of them. With rows as short as a model's, matrix products are a third of the time on a CPU.
-"""
+scale, in 128 columns). A product has 45 bits, the sum of 128 of them 52, and float64 holds 53: a matrix
+product is right in whichever order it adds. In float32 the order, and so a code now and then, would depend on
+the number of rows. The factorization is the one step that owes its last bits to a library; rounding A drops
+nearly all of them. With rows as short as a model's, matrix products are a third of the time on a CPU."""
 
 from dataclasses import dataclass
 
