@@ -19,16 +19,19 @@ host, once per forward pass. So no call waits for the device.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from fp8lib import Fp8Error
 from fp8lib.calibration.input_statistics import InputStatistics, Sums, down_input, input_of
-from fp8lib.calibration.second_moments import MomentSums
 from fp8lib.checkpoint.plan import Plan
 from fp8lib.checkpoint.rules import canonical
 from fp8lib.checkpoint.untrusted import printable
+
+if TYPE_CHECKING:
+    from fp8lib.calibration.second_moments import MomentSums
 
 
 class Recorder:
