@@ -18,6 +18,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -119,13 +120,12 @@ class SecondMoments:
 
     Attributes:
         path: the file.
-        sha256: of all of it.
 
     Args:
-        path: the file. All of it is read once: 36 GB, a 397B's, at the speed of the disk.
+        path: the file.
 
     Raises:
-        Fp8Error: unreadable, not of this form, or values that are not finite.
+        Fp8Error: unreadable, or not of this form.
     """
 
     def __init__(self, path: Path) -> None:
@@ -159,7 +159,6 @@ class SecondMoments:
             self._entries[canonical(name)] = tensor
         if not self._entries:
             raise Fp8Error(f"{shown}: holds no second moments; collect them with --second_moments")
-        self.sha256 = self._digest()
 
     def entry(self, weight: str, columns: int) -> str | None:
         """Which entry speaks for a weight; None if the file has none.
@@ -223,8 +222,13 @@ class SecondMoments:
     def _shown(self, entry: str) -> str:
         return f"{printable(self.path)}: {printable(self._entries[entry].name)}"
 
-    def _digest(self) -> str:
-        """SHA-256 of the file; looks at all values on the way."""
+    @cached_property
+    def sha256(self) -> str:
+        """Of the file, all of which is read for it (36 GB, a 397B's, at the speed of the disk) and looked at.
+
+        Raises:
+            Fp8Error: it holds values that are not finite, or cannot be read.
+        """
         digest = hashlib.sha256()
         start = self._shard.tensors[0].start
         try:

@@ -151,10 +151,10 @@ class Collector(AbstractContextManager):
                 continue
             for rank in others:
                 mine = mine.merged(self._ranks.receive(f"{key} {rank}"))
-            if mine.is_own:
-                candidates.append(mine) if mine.is_enough else None
-            elif mine.tokens:
+            if not mine.is_own and mine.tokens:
                 self._write(mine)
+            elif mine.is_own and mine.is_enough:
+                candidates.append(mine)
         self._write_own(candidates)
 
     def _write_own(self, candidates: "list[Moments]") -> None:

@@ -17,7 +17,7 @@ from fp8lib.job import dry_run, manifest, output_dir
 from fp8lib.job.manifest import ShardResult
 from fp8lib.job.progress import Progress
 from fp8lib.job.ranks import Ranks
-from fp8lib.job.rounding import SecondMomentsUse
+from fp8lib.job.rounding import SecondMomentsUse, moments_for
 from fp8lib.numerics.modes import Calibration
 from fp8lib.terminal import Talk
 from fp8lib.verification import report
@@ -91,6 +91,7 @@ def plan_for(flags: Namespace, talk: Talk) -> tuple[Plan, Statistics | None, int
 def _dry_run(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
     if ranks.is_main:
         plan, _, _ = plan_for(flags, talk)
+        moments_for(flags, plan, talk)
         dry_run.print_plan(plan, talk.printer)
     return agree(ranks, Zone.GOOD)
 
