@@ -78,6 +78,21 @@ def make_parser() -> Parser:
         "repeatable",
     )  # fmt: skip
 
+    group = parser.add_argument_group("rounding")
+    group.add_argument(
+        "--rounding", choices=("nearest", "second_order"), default="nearest",
+        help="how weights are rounded under their scales; second_order lets the errors of input channels "
+        "cancel, by the second moments of the inputs (%(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--second_moments", type=path, metavar="FILE",
+        help="second_order: from collect_activation_stats.py --second_moments",
+    )  # fmt: skip
+    group.add_argument(
+        "--damping", type=_damping, default=0.01, metavar="D",
+        help="second_order: share of their mean that is added to the second moments' diagonal (%(default)s)",
+    )  # fmt: skip
+
     group = parser.add_argument_group("hardware")
     group.add_argument(
         "--device", default="auto", help="auto, cpu, cuda or cuda:N (auto: CUDA when there is one)"
@@ -115,6 +130,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("argument --verify_only: not allowed with argument --skip_verify")
     if flags.dry_run and flags.verify_only:
         parser.error("argument --verify_only: not allowed with argument --dry_run")
+    second_order = flags.rounding == "second_order"
+    if second_order != (flags.second_moments is not None):
+        parser.error("--rounding second_order and --second_moments: give both or neither")
     flags.notes = tuple(
         f"{flag} has no effect with --calib_mode {flags.calib_mode}"
         for mode, flag in MODE_FLAGS
@@ -132,6 +150,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         scale_format=flags.scale_format,
     )
     return flags
+
+
+def _damping(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 1e-6 <= value <= 10:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0.000001 to 10")
+    return value
 
 
 def _samples(text: str) -> int | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fp8lib.checkpoint.plan import Plan
 from fp8lib.checkpoint.untrusted import printable
 from fp8lib.terminal import WIDTH, Printer
+from fp8lib.verification import output_error
 from fp8lib.verification.health import COSINE, MAX_ABS, MEAN_ABS, Band, Health, Measurement, Zone, max_or_nan
 
 REQUANTIZED = (
@@ -79,8 +80,14 @@ def print_summary(
         return
     marks = "  ".join(printer.mark(z, f"{health.counts[z]} {z.name}") for z in Zone)
     printer.line(f"  Spot-checked        : {len(measurements)} of {totals.fp8}  ({marks})")
+    if outputs := [m.output for m in measurements if m.output is not None]:
+        printer.line(f"  Output error        : {output_error.summary(outputs)}")
+        repeated = sum(each.repeated == 1 for each in outputs)
+        printer.line(f"  Rounding repeated   : in {repeated} of {len(outputs)} tensors, code for code")
+    by_bands = [m for m in measurements if m.output is None]
+    if by_bands:
+        _print_metrics(printer, by_bands)
     if measurements:
-        _print_metrics(printer, measurements)
         _print_served(printer, measurements, powers_of_two)
     _print_flagged(printer, health, problems)
     printer.line("-" * WIDTH)
