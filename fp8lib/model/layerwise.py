@@ -30,6 +30,7 @@ from fp8lib.checkpoint.directory import Checkpoint
 from fp8lib.checkpoint.headers import Shard, Tensor
 from fp8lib.checkpoint.rules import one_expert_part, without_prefix
 from fp8lib.checkpoint.untrusted import printable
+from fp8lib.model import internals
 from fp8lib.model.progress import Progress
 from fp8lib.model.prompts import Batch
 from fp8lib.streaming.lanes import DTYPES, Files
@@ -80,7 +81,7 @@ def run(
     Raises:
         Fp8Error: tensors missing or of the wrong shape, NaN or infinite activations, not enough memory.
     """
-    model, layers = _hollow_model(config, device)
+    model, layers, _ = internals.hollow_model(config, device, torch.bfloat16)
     weights = _weights_by_layer(checkpoint)
     with closing(Files()) as files:
         hidden = _embed(checkpoint, files, batches)
@@ -102,7 +103,7 @@ def run(
                 ) from None
             taken = observer.take()
             observer.detach()
-            model.layers[index] = _PassOn()
+            model.layers[index] = internals.PassOn()
             layers[index] = layer = None  # its memory, before the next one's
             _return_free_memory()
             yield taken
@@ -123,26 +124,6 @@ def _return_free_memory() -> None:
     """
     with suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
-
-
-class _PassOn(torch.nn.Module):
-    """Stands for a layer that is not in memory."""
-
-    def forward(self, hidden_states: torch.Tensor, **_: object) -> torch.Tensor:
-        return hidden_states
-
-
-def _hollow_model(
-    config: transformers.PreTrainedConfig, device: torch.device
-) -> tuple[transformers.PreTrainedModel, list[torch.nn.Module]]:
-    """transformers' text model without weights, and its layers, taken out."""
-    with torch.device("meta"):
-        model = transformers.AutoModel.from_config(config, dtype=torch.bfloat16).eval()
-    layers = list(model.layers)
-    model.layers = torch.nn.ModuleList(_PassOn() for _ in layers)
-    model.norm = torch.nn.Identity()  # what comes out is a layer's output, not the model's
-    model.rotary_emb = type(model.rotary_emb)(config=config).to(device)
-    return model, layers
 
 
 # --- weights -----------------------------------------------------------------------------------
