@@ -4,7 +4,7 @@
 import argparse
 
 from fp8lib.command_line import Command, Parser, path, positive
-from fp8lib.numerics.modes import MODES, PHASES, Calibration
+from fp8lib.numerics.modes import MODES, PHASES, SCALE_FORMATS, Calibration
 
 MODE_FLAGS = (
     ("rms", "--rms_factor"),
@@ -37,6 +37,10 @@ def make_parser() -> Parser:
         "--calib_mode", choices=MODES, default="rms", help="how a block's scale is chosen (%(default)s)"
     )
     group.add_argument(
+        "--scale_format", choices=SCALE_FORMATS, default="ue8m0",
+        help="ue8m0: powers of two, which engines serve as they are; bf16: any BF16 number (%(default)s)",
+    )  # fmt: skip
+    group.add_argument(
         "--rms_factor", type=float, default=3.0, metavar="K",
         help="rms: scale = K * rms / 448, doubled until nothing saturates (%(default)s)",
     )  # fmt: skip
@@ -49,7 +53,7 @@ def make_parser() -> Parser:
     )  # fmt: skip
     group.add_argument(
         "--mse_grid_size", type=int, default=PHASES, metavar="N",
-        help="mse: scale phases tried per octave; %(default)s is every BF16 scale (%(default)s)",
+        help="mse with bf16 scales: phases tried per octave; %(default)s is every scale (%(default)s)",
     )  # fmt: skip
     group.add_argument(
         "--activation_stats", type=path, metavar="FILE",
@@ -98,12 +102,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         for mode, flag in MODE_FLAGS
         if mode != flags.calib_mode and getattr(flags, flag[2:]) != parser.get_default(flag[2:])
     )
+    if flags.calib_mode == "mse" and flags.scale_format == "ue8m0" and flags.mse_grid_size != PHASES:
+        flags.notes += ("--mse_grid_size has no effect with --scale_format ue8m0",)
     flags.calibration = Calibration(
         mode=flags.calib_mode,
         rms_factor=flags.rms_factor,
         rms_saturate=flags.rms_saturate,
         percentile=flags.calib_percentile,
         mse_grid_size=flags.mse_grid_size,
+        scale_format=flags.scale_format,
     )
     return flags
 

@@ -225,7 +225,7 @@ def summarize(
     Args:
         flags: of the run.
         talk: where to.
-        calibration: how the scales were chosen, for advice.
+        calibration: how the scales were chosen, for advice and to know what engines make of them.
         label: what the summary calls it.
         results: of all shards.
         totals: numbers of tensors.
@@ -236,7 +236,17 @@ def summarize(
     health = None
     if not flags.skip_verify:
         finished = flags.verify_only
-        health = judge(measurements, problems, calibration.mode, calibration.clips, finished)
+        health = judge(measurements, problems, calibration, finished)
     failed = sum(bool(r.problems) for r in results)
-    report.print_summary(talk.printer, totals, failed, label, measurements, problems, health, covered)
+    report.print_summary(
+        talk.printer,
+        totals,
+        failed,
+        label,
+        measurements,
+        problems,
+        health,
+        covered,
+        calibration.powers_of_two,
+    )
     return health.verdict if health else Zone.GOOD

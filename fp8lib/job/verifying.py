@@ -3,6 +3,7 @@
 import os
 from argparse import Namespace
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from fp8lib import Fp8Error
@@ -53,12 +54,14 @@ def verify_only(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
         flags, ranks, settings, work, len(work), 0, lambda result: results.update({result.name: result})
     )
     used = earlier and earlier.settings.get("calibration")
-    calibration = flags.calibration
-    with suppress(Fp8Error):  # advice is for the mode that was used, if that is known
+    ordered = [results[item.name] for item in work]
+    # Advice is for the mode that was used, if that is known. What engines change are no powers of two.
+    changed = any(m.requantized for r in ordered for m in r.measurements)
+    calibration = replace(flags.calibration, scale_format="bf16" if changed else "ue8m0")
+    with suppress(Fp8Error):
         calibration = Calibration.parse(str(used))
     fp8 = sum(len(pairs) for _, pairs, _ in pairings)
     kept = sum(len(shard.tensors) for shard in quantized.shards) - 2 * fp8
-    ordered = [results[item.name] for item in work]
     label = f"{printable(used or 'unknown')} (verify only)"
     return agree(
         ranks, summarize(flags, talk, calibration, label, ordered, Totals(len(work), fp8, kept), None)
