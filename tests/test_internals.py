@@ -59,8 +59,8 @@ def test_a_version_that_does_not_fit_is_named_with_those_that_do(checkpoint, mon
 
 
 def test_linear_attention_runs_in_torch_whatever_kernels_are_installed(checkpoint, monkeypatch):
-    _, layers, _ = internals.hollow_model(config_of(checkpoint, "text"), CPU, torch.float32)
-    path = f"{type(layers[0].linear_attn).__module__}.torch_chunk_gated_delta_rule"
+    model, layers, _ = internals.hollow_model(config_of(checkpoint, "text"), CPU, torch.float32)
+    path = f"{type(model).__module__}.torch_chunk_gated_delta_rule"
     module, name = path.rsplit(".", 1)
     own = getattr(__import__(module, fromlist=[name]), name)
 
@@ -75,5 +75,5 @@ def test_linear_attention_runs_in_torch_whatever_kernels_are_installed(checkpoin
     hidden, positions = torch.ones(1, 3, layer.hidden_size), (torch.ones(1, 3, 64),) * 2
     with pytest.raises(AssertionError, match="the kernel of another"):
         layer(hidden, position_embeddings=positions)
-    with internals.torch_kernels(layer):
+    with internals.torch_kernels(model):
         assert layer(hidden, position_embeddings=positions).isfinite().all()

@@ -18,6 +18,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import transformers
@@ -51,9 +52,15 @@ class PassOn(torch.nn.Module):
         return hidden_states
 
 
-def hollow_model(
-    config: transformers.PreTrainedConfig, device: torch.device, dtype: torch.dtype
-) -> tuple[transformers.PreTrainedModel, list[torch.nn.Module], torch.nn.Module]:
+class Hollow(NamedTuple):
+    """A text model without weights; see `hollow_model`."""
+
+    model: transformers.PreTrainedModel
+    layers: tuple[torch.nn.Module, ...]
+    norm: torch.nn.Module
+
+
+def hollow_model(config: transformers.PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> Hollow:
     """transformers' text model without weights, its layers, and its last norm, both taken out.
 
     Layers and norm are on the meta device, which takes no memory. The model passes its input on.
@@ -64,11 +71,11 @@ def hollow_model(
     with torch.device("meta"):
         model = transformers.AutoModel.from_config(config, dtype=dtype).eval()
     with _needs("the parts of a text model"):
-        layers, norm = list(model.layers), model.norm
-        model.layers = torch.nn.ModuleList(PassOn() for _ in layers)
+        hollow = Hollow(model, tuple(model.layers), model.norm)
+        model.layers = torch.nn.ModuleList(PassOn() for _ in hollow.layers)
         model.norm = torch.nn.Identity()  # what comes out is a layer's output, not the model's
         model.rotary_emb = type(model.rotary_emb)(config=config).to(device)
-    return model, layers, norm
+    return hollow
 
 
 @contextmanager
@@ -108,20 +115,37 @@ def gated(module: torch.nn.Module, gate_up: torch.Tensor) -> torch.Tensor:
         module: `mlp.experts` of a layer.
         gate_up: outputs of gate_up_proj.
     """
-    with _needs("the activation function of experts"):
-        activation = module.act_fn
     gate, up = gate_up.chunk(2, dim=-1)
-    return activation(gate) * up
+    return activation_of(module)(gate) * up
 
 
 @contextmanager
-def torch_kernels(layer: torch.nn.Module) -> Iterator[None]:
-    """While entered, a layer's linear attention runs in torch, whatever kernels are installed."""
-    part = getattr(layer, "linear_attn", None)
-    namespace = vars(sys.modules[type(part).__module__]) if part is not None else {}
-    before = {name: namespace[name] for name in _TORCH_FUNCTIONS if name in namespace}
+def torch_kernels(model: transformers.PreTrainedModel) -> Iterator[None]:
+    """While entered, a model's linear attention runs in torch, whatever kernels are installed."""
+    namespace = vars(sys.modules[type(model).__module__])
+    with _needs("the gated delta rule in torch"):
+        if missing := [name for name in _TORCH_FUNCTIONS if name not in namespace]:
+            raise AttributeError(missing[0])
+    before = {name: namespace[name] for name in _TORCH_FUNCTIONS}
     namespace.update({name: inspect.unwrap(function) for name, function in before.items()})
     try:
         yield
     finally:
         namespace.update(before)
+
+
+def experts_of(layer: torch.nn.Module) -> torch.nn.Module | None:
+    """The module that holds a layer's experts; None in a dense layer."""
+    with _needs("the feed-forward part of a layer"):
+        return getattr(layer.mlp, "experts", None)
+
+
+def replace_experts(layer: torch.nn.Module, experts: torch.nn.Module) -> None:
+    """Put another module in place of a layer's experts; it is called with the same arguments."""
+    layer.mlp.experts = experts
+
+
+def activation_of(experts: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The activation function of the experts' gate."""
+    with _needs("the activation function of experts"):
+        return experts.act_fn
