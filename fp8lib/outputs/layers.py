@@ -14,13 +14,16 @@ computing it in float32 on both sides leaves quantization as the only difference
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from fp8lib import Fp8Error
-from fp8lib.checkpoint.rules import expert_weight, one_expert_part
+from fp8lib.checkpoint.directory import Checkpoint
+from fp8lib.checkpoint.rules import expert_weight, one_expert_part, without_prefix
 from fp8lib.checkpoint.untrusted import printable
 from fp8lib.model import internals
 from fp8lib.model.stored_weights import FLOATS, Stored, StoredWeights, fill_layer
@@ -309,3 +312,16 @@ def _from_single(
         codes[expert].view(torch.uint8).copy_(values[0].view(torch.uint8))
         scales[expert].copy_(values[1])
     return Projection(codes, scales)
+
+
+def bytes_of_layers(original: Checkpoint) -> dict[str, int]:
+    """What each layer takes in memory, by its name: experts as they lie in the files, the rest in float32."""
+    sizes: Counter[str] = Counter()
+    for shard in original.shards:
+        for tensor in shard.tensors:
+            name = without_prefix(tensor.name)
+            if name.startswith("layers."):
+                experts = ".mlp.experts." in name
+                layer = ".".join(name.split(".")[:2])
+                sizes[layer] += tensor.nbytes if experts else 4 * math.prod(tensor.shape)
+    return sizes
