@@ -2,6 +2,7 @@
 
 checkpoint   a directory of `tiny_checkpoints.build`, made once per session: read it, never change it
 quantized    the output of one, made once per session: read it, never change it
+trained      a tiny model that learned something, made once per session: read it, never change it
 copy_of      a copy of a checkpoint that a test may spoil
 cli          `quantize_fp8.main` in this process: quick, for what the tool does
 run          `quantize_fp8.py` as a process of its own: for what a user's terminal, umask or imports see
@@ -74,6 +75,14 @@ def quantized(tmp_path_factory: pytest.TempPathFactory, cli: Callable[..., Resul
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny dense model that learned something, made once per session (`tests/trained.py`)."""
+    from trained import train
+
+    return train(tmp_path_factory.mktemp("trained") / "text")
 
 
 @pytest.fixture
