@@ -14,6 +14,11 @@ MODE_FLAGS = (
     ("mse", "--mse_grid_size"),
 )
 """Flags that only one mode looks at."""
+COMPARISON_FLAGS = (
+    "against", "activations", "served", "logits_out",
+    "prompts_file", "no_chat_template", "max_prompt_tokens", "batch_size",
+)  # fmt: skip
+"""Flags that only --compare_outputs looks at."""
 
 
 def make_parser() -> Parser:
@@ -113,6 +118,32 @@ def make_parser() -> Parser:
     )  # fmt: skip
     group.add_argument("--seed", type=int, default=0, help="of the random sample (%(default)s)")
 
+    group = parser.add_argument_group("comparing outputs")
+    group.add_argument(
+        "--compare_outputs", action="store_true",
+        help="run prompts through the original and the FP8 model, one layer at a time, and print KL "
+        "divergence, top token and perplexity",
+    )  # fmt: skip
+    group.add_argument(
+        "--against", type=path, metavar="DIR",
+        help="compare another FP8 directory, too, and say which is closer to the original",
+    )  # fmt: skip
+    group.add_argument(
+        "--activations", choices=("fp8", "bf16"), default="fp8",
+        help="fp8: inputs of FP8 modules are quantized, as engines do; bf16: they are not, as in "
+        "weight-only kernels (%(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--served", choices=("written", "ue8m0", "vllm-hopper"), default="written",
+        help="weights as in the files, or requantized to power-of-two scales with such activation scales, "
+        "or that for Linears alone (%(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--logits_out", type=path, metavar="FILE",
+        help="*.safetensors: KL divergence, token and ranks of every position",
+    )  # fmt: skip
+    parser.add_prompts()
+
     group = parser.add_argument_group("other")
     group.add_argument(
         "--dry_run", action="store_true", help="print the plan from headers alone, write nothing"
@@ -133,6 +164,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     second_order = flags.rounding == "second_order"
     if second_order != (flags.second_moments is not None):
         parser.error("--rounding second_order and --second_moments: give both or neither")
+    if flags.dry_run and flags.compare_outputs:
+        parser.error("argument --compare_outputs: not allowed with argument --dry_run")
     flags.notes = tuple(
         f"{flag} has no effect with --calib_mode {flags.calib_mode}"
         for mode, flag in MODE_FLAGS
@@ -141,6 +174,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if flags.calib_mode == "mse" and flags.scale_format == "ue8m0" and flags.mse_grid_size != PHASES:
         flags.notes += ("--mse_grid_size has no effect with --scale_format ue8m0",)
     flags.selection = Selection(flags.eligibility, tuple(flags.keep_bf16), tuple(flags.quantize))
+    if not flags.compare_outputs:
+        flags.notes += tuple(
+            f"--{name} has no effect without --compare_outputs"
+            for name in COMPARISON_FLAGS
+            if getattr(flags, name) != parser.get_default(name)
+        )
     flags.calibration = Calibration(
         mode=flags.calib_mode,
         rms_factor=flags.rms_factor,
@@ -182,7 +221,7 @@ COMMAND = Command(
     parse,
     _run,
     interrupted="interrupted; run the same command again (without --overwrite) to continue",
-    out_of_memory="use fewer --workers",
+    out_of_memory="use fewer --workers, or a smaller --batch_size to compare outputs",
 )
 main = COMMAND.main
 

@@ -3,6 +3,7 @@
 once         a directory, made once per session, whichever of pytest-xdist's workers needs it first
 checkpoint   such a directory of `tiny_checkpoints.build`: read it, never change it
 quantized    such a directory with the output of a run: read it, never change it
+trained      a tiny model that learned something, made once per session: read it, never change it
 copy_of      a copy of a checkpoint that a test may spoil
 cli          `quantize_fp8.main` in this process: quick, for what the tool does
 run          `quantize_fp8.py` as a process of its own: for what a user's terminal, umask or imports see
@@ -126,6 +127,14 @@ def quantized(once: Callable[..., Path], cli: Callable[..., Result]) -> Callable
         return once("fp8", (str(source), *map(str, flags)), quantize) / "out"
 
     return make
+
+
+@pytest.fixture(scope="session")
+def trained(once: Callable[..., Path]) -> Path:
+    """A tiny dense model that learned something, made once per session (`tests/trained.py`)."""
+    from trained import train
+
+    return once("trained", "text", train)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from fp8lib.calibration.input_statistics import InputStatistics
 from fp8lib.calibration.recording import Recorder
 from fp8lib.checkpoint.directory import Checkpoint, open_checkpoint
 from fp8lib.checkpoint.headers import ITEM_SIZE
-from fp8lib.model import layerwise
+from fp8lib.model import layerwise, stored_weights
 from fp8lib.model.prompts import Batch, make_batches
 from fp8lib.streaming.lanes import Files
 from safetensors_by_hand import put_together
@@ -100,7 +100,7 @@ def test_weights_pass_through_a_small_buffer_on_their_way_to_another_dtype(check
     path = checkpoint("dense", dtype=torch.float32)
     prompts = prompts_of([30])
     expected = collect_layerwise(path, prompts)
-    monkeypatch.setattr(layerwise, "_STAGING", 1000)  # divides no tensor evenly
+    monkeypatch.setattr(stored_weights, "_STAGING", 1000)  # divides no tensor evenly
     assert_same(collect_layerwise(path, prompts), expected)
 
 

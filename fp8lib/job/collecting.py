@@ -4,14 +4,9 @@ Everything that flags, headers and the prompts file can refuse is refused before
 and long before the model is loaded. The file appears at the very end, complete or not at all.
 """
 
-import hashlib
-import math
-import os
 import sys
 import time
-import warnings
 from argparse import Namespace
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
@@ -23,19 +18,19 @@ from fp8lib.calibration.statistics_file import SUFFIXES, looks_like_statistics
 from fp8lib.calibration.statistics_writer import StatisticsWriter
 from fp8lib.checkpoint.directory import Checkpoint, open_checkpoint
 from fp8lib.checkpoint.plan import Plan, make_plan
-from fp8lib.checkpoint.rules import Selection, without_prefix
+from fp8lib.checkpoint.rules import Selection
 from fp8lib.checkpoint.untrusted import printable
 from fp8lib.job import moments
-from fp8lib.job.ranks import Ranks
-from fp8lib.model.prompts import (
-    Batch,
-    Prompt,
-    divide,
-    make_batches,
-    read_prompts,
-    require_tokenizer,
-    tokenize,
+from fp8lib.job.forward_passes import (
+    check_agreement,
+    load,
+    load_transformers,
+    share_of,
+    tokens_of,
+    weights_by_part,
 )
+from fp8lib.job.ranks import Ranks
+from fp8lib.model.prompts import Batch, Prompt, make_batches, read_prompts, require_tokenizer
 from fp8lib.streaming.writer import partial_path, refusing_disk_errors
 from fp8lib.terminal import Talk, size
 
@@ -90,12 +85,15 @@ def _run(flags: Namespace, talk: Talk, ranks: Ranks) -> None:
         if ranks.is_main:
             moments.print_sizes(talk.printer, flags, moments.Sizes.of(flags, plan))
         return
-    transformers = _transformers(flags, ranks)
+    transformers = load_transformers(flags, ranks)
+    import accelerate  # noqa: F401 - device_map needs it, and would say so late
+
     root = plan.checkpoint.root
-    config = _load(transformers.AutoConfig, root, "config.json").get_text_config()
-    tokenizer = _load(transformers.AutoTokenizer, root, "the tokenizer")
-    ids = _tokens(flags, prompts, tokenizer, config.vocab_size)
-    _check_agreement(flags, plan, ids, ranks)
+    config = load(transformers.AutoConfig, root, "config.json").get_text_config()
+    tokenizer = load(transformers.AutoTokenizer, root, "the tokenizer")
+    ids = tokens_of(flags, root, prompts, tokenizer, config.vocab_size)
+    chosen = [flags.batch_size, flags.second_moments, flags.second_moments_limit]
+    check_agreement([plan.checkpoint], ids, chosen, ranks)
     batches = make_batches(ids, flags.batch_size, flags.max_prompt_tokens, tokenizer.pad_token_id or 0)
 
     from fp8lib.calibration import coverage, report
@@ -186,25 +184,6 @@ def _refuse_early(flags: Namespace, ranks: Ranks) -> tuple[Plan, list[Prompt], "
     return plan, prompts, device
 
 
-def _check_agreement(flags: Namespace, plan: Plan, ids: list[list[int]], ranks: Ranks) -> None:
-    """Refuse, on a rank other than 0, another model or other prompts: every machine has its own disk."""
-    mine = {
-        "flags": [flags.second_moments, flags.second_moments_limit],
-        "model": {s.name: [s.size, s.header_sha256] for s in plan.checkpoint.shards},
-        "prompts": hashlib.sha256(repr((ids, flags.batch_size)).encode()).hexdigest(),
-    }
-    if ranks.is_main:
-        ranks.publish("terms", mine)
-        return
-    theirs = ranks.wait_for("terms")
-    for key in mine:
-        if mine[key] != theirs[key]:
-            raise Fp8Error(
-                f"{printable(flags.model_dir)}: rank {ranks.rank} has another {key} than rank 0; "
-                "give all machines the same files and flags"
-            )
-
-
 def _check_output(path: Path) -> None:
     """Refuse an output file that could not be written at the end of a long run, or that replaces another."""
     shown = printable(path)
@@ -243,7 +222,7 @@ def _check_memory(
     """
     from fp8lib.model import memory
 
-    parts = _bytes_in_bf16(checkpoint)
+    parts = {name: 2 * count for name, count in weights_by_part(checkpoint).items()}
     there = memory.available(device)
     shown = printable(checkpoint.root)
     beside = " with its second moments" if sums else ""
@@ -264,18 +243,6 @@ def _check_memory(
         )
 
 
-def _bytes_in_bf16(checkpoint: Checkpoint) -> dict[str, int]:
-    """What the text model takes in memory, by layer and by tensor that is in none."""
-    parts: Counter[str] = Counter()
-    for shard in checkpoint.shards:
-        for tensor in shard.tensors:
-            name = without_prefix(tensor.name)
-            if not name.startswith("mtp.") and ".visual." not in f".{name}":
-                part = ".".join(name.split(".")[:2]) if name.startswith("layers.") else name
-                parts[part] += 2 * math.prod(tensor.shape)
-    return parts
-
-
 def _warn_unrecorded(left: set[str], warn: Callable[[str], None]) -> None:
     """Say which quantized weights have no entry; more than mtp.* means that something is wrong."""
     others = sorted(name for name in left if not name.startswith("mtp."))
@@ -286,48 +253,7 @@ def _warn_unrecorded(left: set[str], warn: Callable[[str], None]) -> None:
         warn(f"{len(others)} weights were never used and get no statistics, such as {printable(others[0])}")
 
 
-# --- libraries ---------------------------------------------------------------------------------
-
-
-def _transformers(flags: Namespace, ranks: Ranks):
-    """The library: off the network, the model is a local directory, and quiet, unless it is debugged."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not flags.debug:
-        warnings.simplefilter("ignore")
-    import accelerate  # noqa: F401 - device_map needs it, and would say so late
-    import transformers
-
-    if not flags.debug:
-        transformers.utils.logging.set_verbosity(transformers.utils.logging.CRITICAL)
-    if flags.quiet or not ranks.is_main or not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()
-    return transformers
-
-
-def _load(kind, root: Path, what: str):
-    """A config or tokenizer from the directory, without running any code that lies in it."""
-    try:
-        return kind.from_pretrained(root, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever any of the libraries below may raise
-        raise Fp8Error(
-            f"{printable(root)}: transformers cannot read {what} "
-            f"({type(error).__name__}: {printable(' '.join(str(error).split()))})"
-        ) from error
-
-
 # --- work --------------------------------------------------------------------------------------
-
-
-def _tokens(flags: Namespace, prompts: list[Prompt], tokenizer, vocabulary: int) -> list[list[int]]:
-    ids = tokenize(prompts, tokenizer, not flags.no_chat_template, flags.max_prompt_tokens)
-    largest = max(max(row) for row in ids)
-    if largest >= vocabulary:
-        raise Fp8Error(
-            f"{printable(flags.model_dir)}: its tokenizer gives token {largest}, but the model has "
-            f"{vocabulary}; copy the tokenizer files of the model it was made from"
-        )
-    return ids
 
 
 def _whole_model(
@@ -367,17 +293,12 @@ def _one_layer_at_a_time(
     collector: "Collector | None",
 ) -> Iterator[dict[str, "InputStatistics"]]:
     """Statistics by input, layer after layer; on rank 0 those of all ranks' tokens together."""
-    import torch
-
     from fp8lib.calibration.input_statistics import pack, unpack
     from fp8lib.calibration.recording import Recorder
     from fp8lib.model import layerwise
     from fp8lib.model.progress import Progress
-    from fp8lib.streaming.devices import cores_of_rank
 
-    if ranks.world > 1 and device.type == "cpu":  # torchrun leaves every rank one thread
-        torch.set_num_threads(cores_of_rank(ranks.local_world))
-    shares = divide(batches, ranks.world)
+    shares = share_of(batches, ranks, device)
     others = [rank for rank in range(1, ranks.world) if shares[rank]]
     if not shares[ranks.rank]:
         return

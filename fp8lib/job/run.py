@@ -39,7 +39,7 @@ def run(flags: Namespace, talk: Talk) -> Zone:
     Raises:
         Fp8Error: refused or failed, on every rank. No config.json is left in the output directory.
     """
-    from fp8lib.job import quantizing, verifying
+    from fp8lib.job import comparing, quantizing, verifying
 
     ranks = Ranks()
     if not ranks.is_main:
@@ -47,12 +47,15 @@ def run(flags: Namespace, talk: Talk) -> Zone:
     for text in flags.notes:
         talk.warn(text)
     try:
+        inputs = comparing.prepare(flags, ranks) if flags.compare_outputs and ranks.is_main else None
         if flags.verify_only:
             verdict = verifying.verify_only(flags, talk, ranks)
         elif flags.dry_run:
             verdict = _dry_run(flags, talk, ranks)
         else:
             verdict = quantizing.quantize(flags, talk, ranks)
+        if flags.compare_outputs:
+            verdict, _ = comparing.compare(flags, talk, ranks, verdict, inputs)
     except Exception as error:
         ranks.fail(error)
         ranks.leave()
