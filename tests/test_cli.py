@@ -85,7 +85,8 @@ def test_quantizing_needs_no_transformers(
 GROUPS = {
     "input and output": ["--input_dir", "--output_dir", "--overwrite"],
     "calibration": [
-        "--calib_mode", "--rms_factor", "--rms_saturate", "--calib_percentile", "--mse_grid_size",
+        "--calib_mode", "--scale_format", "--rms_factor", "--rms_saturate", "--calib_percentile",
+        "--mse_grid_size",
         "--activation_stats",
     ],
     "hardware": ["--device"],
@@ -94,6 +95,7 @@ GROUPS = {
 }  # fmt: skip
 DEFAULTS = {
     "--calib_mode": "rms",
+    "--scale_format": "ue8m0",
     "--rms_factor": "3.0",
     "--calib_percentile": "99.9",
     "--mse_grid_size": "128",
@@ -254,11 +256,15 @@ def test_summary_counts_what_is_in_the_output(checkpoint: Callable, tmp_path: Pa
 @pytest.mark.parametrize(
     ("flags", "shown"),
     [
-        ([], "rms(k=3)"),
-        (["--rms_factor", "2.5", "--rms_saturate"], "rms(k=2.5, saturate)"),
-        (["--calib_mode", "max"], "max"),
-        (["--calib_mode", "percentile", "--calib_percentile", "99.99"], "percentile(p=99.99)"),
-        (["--calib_mode", "mse", "--mse_grid_size", "16"], "mse(phases=16)"),
+        ([], "rms(k=3), ue8m0"),
+        (["--rms_factor", "2.5", "--rms_saturate"], "rms(k=2.5, saturate), ue8m0"),
+        (["--calib_mode", "max", "--scale_format", "bf16"], "max, bf16"),
+        (["--calib_mode", "percentile", "--calib_percentile", "99.99"], "percentile(p=99.99), ue8m0"),
+        (
+            ["--calib_mode", "mse", "--mse_grid_size", "16", "--scale_format", "bf16"],
+            "mse(phases=16), bf16",
+        ),
+        (["--calib_mode", "mse"], "mse, ue8m0"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -414,10 +420,11 @@ def test_summary_counts_the_tensors_with_activation_statistics(
     "calibration",
     [
         *map(Calibration, MODES),
+        *(Calibration(mode, scale_format="bf16") for mode in MODES),
         Calibration("rms", rms_factor=2.5, rms_saturate=True),
-        Calibration("rms", rms_factor=1e-7),
+        Calibration("rms", rms_factor=1e-7, scale_format="bf16"),
         Calibration("percentile", percentile=99.99),
-        Calibration("mse", mse_grid_size=16),
+        Calibration("mse", mse_grid_size=16, scale_format="bf16"),
     ],
     ids=str,
 )
@@ -425,8 +432,17 @@ def test_a_calibration_is_read_from_what_the_summary_calls_it(calibration: Calib
     assert Calibration.parse(str(calibration)) == calibration
 
 
+@pytest.mark.parametrize("calibration", [Calibration("rms", scale_format="bf16", rms_saturate=True)])
+def test_a_calibration_of_before_scale_formats_is_bf16(calibration: Calibration) -> None:
+    assert Calibration.parse(str(calibration).removesuffix(", bf16")) == calibration
+
+
 @pytest.mark.parametrize(
-    "text", ["", "rms(", "rms(k=three)", "entropy", "mse(phases=1e3)", "mse(phases=0)", "None"]
+    "text",
+    [
+        *("", "rms(", "rms(k=three)", "entropy", "mse(phases=1e3)", "mse(phases=0)", "None"),
+        *("max, e8m0", "mse(phases=16), ue8m0", "ue8m0", ", ue8m0"),
+    ],
 )
 def test_what_is_not_a_calibration_is_refused(text: str) -> None:
     with pytest.raises(Fp8Error):
