@@ -8,22 +8,24 @@ models in float64 give, dequantized and rounded by independent code.
 """
 
 import argparse
+import contextlib
+import io
 import json
 import sys
 import tempfile
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "tests"))
-
 import torch
 import transformers
 from safetensors.numpy import load_file
 
-import outputs_reference
-import quantize_fp8
-from trained import held_out_prompts, train
+sys.path[:0] = [str(Path(__file__).parent.parent / part) for part in (".", "tests")]
+
+import outputs_reference  # noqa: E402
+import quantize_fp8  # noqa: E402
+from fp8lib.outputs.figures import mean_over_prompts  # noqa: E402
+from trained import held_out_prompts, train  # noqa: E402
 
 
 def main() -> None:
@@ -39,7 +41,7 @@ def main() -> None:
         texts = held_out_prompts(flags.prompts, 200)
         prompts = folder / "prompts.jsonl"
         prompts.write_text("\n".join(json.dumps({"text": text}) for text in texts))
-        print("scale_format  served   mean KLD                error of the mean   own error")
+        print("scale_format  served   mean KLD             own error")
         for scale_format in ("bf16", "ue8m0"):
             out = folder / scale_format
             shared = ["--input_dir", original, "--output_dir", out, "--quiet"]
@@ -50,25 +52,18 @@ def main() -> None:
                     *shared, "--verify_only", "--verify_samples", 1, "--compare_outputs", "--served", served,
                     "--prompts_file", prompts, "--logits_out", found,
                 )  # fmt: skip
-                kl = load_file(found)["kl1"]
-                own = abs(kl.mean() - _by_hand(original, out, texts, served == "ue8m0"))
-                error = _error(load_file(found))
-                row = f"{scale_format:<14}{served:<9}{kl.mean():.3e}"
-                print(f"{row}               {error:.1e}             {own:.1e}")
+                results = load_file(found)
+                mean = mean_over_prompts(results["kl1"], results["prompt"])
+                own = abs(mean.value - _by_hand(original, out, texts, served == "ue8m0"))
+                print(
+                    f"{scale_format:<14}{served:<9}{mean.value:.3e} ± {mean.error:.1e}   {own:.1e}",
+                    flush=True,
+                )
 
 
 def _call(*arguments: object) -> None:
-    import contextlib
-    import io
-
     with contextlib.redirect_stdout(io.StringIO()):
         quantize_fp8.main(list(map(str, arguments)))
-
-
-def _error(results: dict) -> float:
-    from fp8lib.outputs.figures import mean_over_prompts
-
-    return mean_over_prompts(results["kl1"], results["prompt"]).error
 
 
 def _by_hand(original: Path, out: Path, texts: list[str], power_of_two: bool) -> float:
