@@ -3,6 +3,7 @@
 
 import argparse
 
+from fp8lib.checkpoint.rules import ELIGIBILITIES, Selection
 from fp8lib.command_line import Command, Parser, path, positive
 from fp8lib.numerics.modes import MODES, PHASES, SCALE_FORMATS, Calibration
 
@@ -63,6 +64,38 @@ def make_parser() -> Parser:
     group.add_argument(
         "--activation_stats", type=path, metavar="FILE",
         help="statistics from collect_activation_stats.py; rms and mse weight channels by them",
+    )  # fmt: skip
+
+    group = parser.add_argument_group("what is quantized")
+    group.add_argument(
+        "--eligibility", choices=ELIGIBILITIES, default="toolkit",
+        help="official also quantizes linear_attn.out_proj and shared experts, like Qwen's own FP8 releases "
+        "(%(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--keep_bf16", action="append", default=[], metavar="PATTERN",
+        help="keep modules whose name matches, such as '*.layers.0.mlp.*', whole fusion groups at a time; "
+        "wins over all else; repeatable",
+    )  # fmt: skip
+    group.add_argument(
+        "--quantize", action="append", default=[], metavar="PATTERN",
+        help="quantize modules of the official set whose name matches, whole fusion groups at a time; "
+        "repeatable",
+    )  # fmt: skip
+
+    group = parser.add_argument_group("rounding")
+    group.add_argument(
+        "--rounding", choices=("nearest", "second_order"), default="nearest",
+        help="how weights are rounded under their scales; second_order lets the errors of input channels "
+        "cancel, by the second moments of the inputs (%(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--second_moments", type=path, metavar="FILE",
+        help="second_order: from collect_activation_stats.py --second_moments",
+    )  # fmt: skip
+    group.add_argument(
+        "--damping", type=_damping, default=0.01, metavar="D",
+        help="second_order: share of their mean that is added to the second moments' diagonal (%(default)s)",
     )  # fmt: skip
 
     group = parser.add_argument_group("hardware")
@@ -128,6 +161,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("argument --verify_only: not allowed with argument --skip_verify")
     if flags.dry_run and flags.verify_only:
         parser.error("argument --verify_only: not allowed with argument --dry_run")
+    second_order = flags.rounding == "second_order"
+    if second_order != (flags.second_moments is not None):
+        parser.error("--rounding second_order and --second_moments: give both or neither")
     if flags.dry_run and flags.compare_outputs:
         parser.error("argument --compare_outputs: not allowed with argument --dry_run")
     flags.notes = tuple(
@@ -137,6 +173,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     if flags.calib_mode == "mse" and flags.scale_format == "ue8m0" and flags.mse_grid_size != PHASES:
         flags.notes += ("--mse_grid_size has no effect with --scale_format ue8m0",)
+    flags.selection = Selection(flags.eligibility, tuple(flags.keep_bf16), tuple(flags.quantize))
     if not flags.compare_outputs:
         flags.notes += tuple(
             f"--{name} has no effect without --compare_outputs"
@@ -152,6 +189,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         scale_format=flags.scale_format,
     )
     return flags
+
+
+def _damping(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 1e-6 <= value <= 10:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0.000001 to 10")
+    return value
 
 
 def _samples(text: str) -> int | None:

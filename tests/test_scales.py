@@ -577,7 +577,7 @@ def test_scales_of_weights_times_a_power_of_two_are_scales_times_it(calibration:
     # No absolute size is built in anywhere: 2^-70 and 2^70 reach both ends of what float32 can square.
     weights, a = mixed((200, 300)).bfloat16(), mild(300)
     codes, scales = quantize_blocks(weights, calibration, a)
-    zero = scales == 1
+    zero = block_scales(weights, calibration, a)[1] == 0
     assert zero.sum() == 1  # the patchwork's one block of zeros among 2 x 3
     for power in (-70, -1, 1, 70):
         moved_codes, moved = quantize_blocks(weights * 2.0**power, calibration, a)
@@ -615,9 +615,8 @@ def test_statistics_matter_to_the_modes_that_say_so(calibration: Calibration):
     changed = not torch.equal(
         block_scales(weights, calibration)[0], block_scales(weights, calibration, wide(256))[0]
     )
-    # A power of two takes its phase from nothing; test_powers_of_two.py shows what statistics can change.
-    saturates = calibration.mode == "rms" and calibration.rms_saturate
-    assert changed == (calibration.uses_activations and (saturates or not calibration.powers_of_two))
+    # Powers of two have one phase; test_powers_of_two.py shows what statistics can change there.
+    assert changed == (calibration.uses_activations and not calibration.powers_of_two)
 
 
 @pytest.mark.parametrize("calibration", ALL_MODES, ids=str)

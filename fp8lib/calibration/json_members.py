@@ -23,60 +23,72 @@ def members(file: TextIO, decoder: json.JSONDecoder) -> Iterator[tuple[str, obje
     Raises:
         ValueError: not JSON, or not an object.
     """
-    text, position, last = "", 0, "the beginning"
+    stream = _Stream(file, decoder)
+    if stream.symbol() != "{":
+        raise ValueError("not a JSON object of tensor names")
+    stream.expect("{")
+    going_on = stream.symbol() != "}" or stream.expect("}") == ","
+    while going_on:
+        name = stream.value()
+        if not isinstance(name, str):
+            raise ValueError(f"a name expected after {stream.last}")
+        stream.last = printable(name)
+        stream.expect(":")
+        yield name, stream.value()
+        going_on = stream.expect(",}") == ","
+    if stream.symbol():
+        raise ValueError("more after its end")
 
-    def more() -> bool:
-        nonlocal text, position
-        if len(text) - position > _MAX_ENTRY:
-            raise ValueError(f"too long an entry after {last}")
-        # Much more at a time for an entry that is long: each attempt parses it from its beginning.
-        read = file.read(max(CHUNK, 7 * (len(text) - position)))
-        text, position = text[position:] + read, 0
-        return bool(read)
 
-    def symbol() -> str:
+class _Stream:
+    """JSON text that is read as it is needed.
+
+    Attributes:
+        last: the member before, for messages.
+    """
+
+    def __init__(self, file: TextIO, decoder: json.JSONDecoder) -> None:
+        self._file, self._decoder = file, decoder
+        self._text, self._position = "", 0
+        self.last = "the beginning"
+
+    def symbol(self) -> str:
         """The next character that is no white space, "" at the end."""
-        nonlocal position
         while True:
-            position = _SPACE.match(text, position).end()
-            if position < len(text):
-                return text[position]
-            if not more():
+            self._position = _SPACE.match(self._text, self._position).end()
+            if self._position < len(self._text):
+                return self._text[self._position]
+            if not self._more():
                 return ""
 
-    def value() -> object:
-        nonlocal position
-        symbol()
-        while True:
-            try:
-                found, end = decoder.raw_decode(text, position)
-            except json.JSONDecodeError as error:
-                if not more():
-                    raise ValueError(f"{error.msg} after {last}") from None
-                continue
-            if end == len(text) and more():
-                continue  # a number may go on
-            position = end
-            return found
-
-    def expect(wanted: str) -> str:
-        nonlocal position
-        if (found := symbol()) not in tuple(wanted):
-            raise ValueError(f"{' or '.join(wanted)} expected after {last}")
-        position += 1
+    def expect(self, wanted: str) -> str:
+        """Take the next character, one of those that are wanted."""
+        if (found := self.symbol()) not in tuple(wanted):
+            raise ValueError(f"{' or '.join(wanted)} expected after {self.last}")
+        self._position += 1
         return found
 
-    if symbol() != "{":
-        raise ValueError("not a JSON object of tensor names")
-    expect("{")
-    going_on = symbol() != "}" or expect("}") == ","
-    while going_on:
-        name = value()
-        if not isinstance(name, str):
-            raise ValueError(f"a name expected after {last}")
-        last = printable(name)
-        expect(":")
-        yield name, value()
-        going_on = expect(",}") == ","
-    if symbol():
-        raise ValueError("more after its end")
+    def value(self) -> object:
+        """Take the next value."""
+        self.symbol()
+        while True:
+            try:
+                found, end = self._decoder.raw_decode(self._text, self._position)
+            except json.JSONDecodeError as error:
+                if not self._more():
+                    raise ValueError(f"{error.msg} after {self.last}") from None
+                continue
+            if end == len(self._text) and self._more():
+                continue  # a number may go on
+            self._position = end
+            return found
+
+    def _more(self) -> bool:
+        """Read on; False at the end of the file."""
+        rest = len(self._text) - self._position
+        if rest > _MAX_ENTRY:
+            raise ValueError(f"too long an entry after {self.last}")
+        # Much more at a time for an entry that is long: each attempt parses it from its beginning.
+        read = self._file.read(max(CHUNK, 7 * rest))
+        self._text, self._position = self._text[self._position :] + read, 0
+        return bool(read)

@@ -18,6 +18,7 @@ host, once per forward pass. So no call waits for the device.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -28,6 +29,9 @@ from fp8lib.checkpoint.rules import canonical
 from fp8lib.checkpoint.untrusted import printable
 from fp8lib.model import internals
 
+if TYPE_CHECKING:
+    from fp8lib.calibration.second_moments import MomentSums
+
 
 class Recorder:
     """Records the input of every weight a plan quantizes, in the modules it is attached to.
@@ -36,9 +40,11 @@ class Recorder:
 
     Args:
         plan: what is to be quantized.
+        moments: where second moments are summed, too; None for none.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, moments: MomentSums | None = None) -> None:
+        self._moments = moments
         # Canonical name of a module -> its input; of the module that holds a layer's experts -> theirs.
         self._linear: dict[str, str] = {}
         self._experts: dict[str, str] = {}
@@ -137,6 +143,8 @@ class Recorder:
         def hook(_module: torch.nn.Module, args: tuple) -> None:
             tokens = self._tokens(args[0])
             self._input(name, 1, tokens).add(tokens)
+            if self._moments is not None:
+                self._moments.add(name, tokens)
 
         return hook
 
@@ -163,6 +171,9 @@ class Recorder:
         came = self._input(name, count, routed).add_grouped(routed, expert)
         inner = internals.gated(module, _grouped_linear(routed, module.gate_up_proj, came.cumsum(0)))
         self._input(down_input(name), count, inner).add_grouped(inner, expert)
+        if self._moments is not None:
+            self._moments.add(name, hidden)
+            self._moments.add_grouped(down_input(name), inner, came)
 
     # --- what is broken ------------------------------------------------------------------------
 

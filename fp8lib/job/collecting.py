@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fp8lib import Fp8Error, __version__
+from fp8lib.calibration.second_moments_file import path_beside
 from fp8lib.calibration.statistics_file import SUFFIXES, looks_like_statistics
 from fp8lib.calibration.statistics_writer import StatisticsWriter
 from fp8lib.checkpoint.directory import Checkpoint, open_checkpoint
 from fp8lib.checkpoint.plan import Plan, make_plan
+from fp8lib.checkpoint.rules import Selection
 from fp8lib.checkpoint.untrusted import printable
+from fp8lib.job import moments
 from fp8lib.job.forward_passes import (
     check_agreement,
     load,
@@ -35,6 +38,7 @@ if TYPE_CHECKING:  # most refusals need no library, and come faster without
     import torch
 
     from fp8lib.calibration.input_statistics import InputStatistics
+    from fp8lib.job.moments import Collector
 
 _SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
 """Values of --device_map that let accelerate divide the model among devices and host."""
@@ -70,11 +74,17 @@ def _run(flags: Namespace, talk: Talk, ranks: Ranks) -> None:
     started = time.monotonic()
     if ranks.is_main:
         _check_output(flags.output)
+        if flags.second_moments:
+            _check_output(path_beside(flags.output))
     else:  # rank 0 refuses for all: the others do and say nothing before
         ranks.wait_for("nothing to refuse")
     plan, prompts, device = _refuse_early(flags, ranks)
     if ranks.is_main:
         ranks.publish("nothing to refuse", True)
+    if flags.dry_run:
+        if ranks.is_main:
+            moments.print_sizes(talk.printer, flags, moments.Sizes.of(flags, plan))
+        return
     transformers = load_transformers(flags, ranks)
     import accelerate  # noqa: F401 - device_map needs it, and would say so late
 
@@ -82,7 +92,8 @@ def _run(flags: Namespace, talk: Talk, ranks: Ranks) -> None:
     config = load(transformers.AutoConfig, root, "config.json").get_text_config()
     tokenizer = load(transformers.AutoTokenizer, root, "the tokenizer")
     ids = tokens_of(flags, root, prompts, tokenizer, config.vocab_size)
-    check_agreement([plan.checkpoint], ids, flags.batch_size, ranks)
+    chosen = [flags.batch_size, flags.second_moments, flags.second_moments_limit]
+    check_agreement([plan.checkpoint], ids, chosen, ranks)
     batches = make_batches(ids, flags.batch_size, flags.max_prompt_tokens, tokenizer.pad_token_id or 0)
 
     from fp8lib.calibration import coverage, report
@@ -90,11 +101,15 @@ def _run(flags: Namespace, talk: Talk, ranks: Ranks) -> None:
     tokens, generated = sum(batch.tokens for batch in batches), 0
     entries = coverage.Entries(plan)
     with ExitStack() as stack:
+        collector = None
+        if flags.second_moments:
+            provenance = _provenance(flags, plan, len(prompts), tokens, None)
+            collector = stack.enter_context(moments.Collector(flags, plan, ranks, tokens, provenance))
         if flags.layerwise:
-            layers = _one_layer_at_a_time(flags, plan, config, batches, device, ranks)
+            layers = _one_layer_at_a_time(flags, plan, config, batches, device, ranks, collector)
             recorded = stack.enter_context(closing(layers))
         else:
-            generated, inputs = _whole_model(flags, plan, tokenizer, batches, ranks)
+            generated, inputs = _whole_model(flags, plan, tokenizer, batches, ranks, collector)
             recorded = iter([inputs])
         provenance = _provenance(flags, plan, len(prompts), tokens, generated)
         if not ranks.is_main:
@@ -107,6 +122,8 @@ def _run(flags: Namespace, talk: Talk, ranks: Ranks) -> None:
         for inputs in recorded:
             for weight, entry in entries.make(inputs):
                 writer.add(weight, entry)
+        if collector:
+            collector.commit()
         writer.commit()
     ranks.publish("written", True)
     _warn_unrecorded(entries.left, talk.warn)
@@ -117,11 +134,16 @@ def _run(flags: Namespace, talk: Talk, ranks: Ranks) -> None:
         "Time": f"{time.monotonic() - started:,.0f} s",
         "Written": f"{printable(flags.output)} ({size(flags.output.stat().st_size)})",
     }
+    if collector:
+        beside = path_beside(flags.output)
+        own = f", {collector.own:,} of them single experts'" if collector.own else ""
+        facts["Second moments"] = f"{collector.written:,}{own}"
+        facts[""] = f"{printable(beside)} ({size(beside.stat().st_size)})"
     report.print_summary(talk.printer, entries.coverage(tokens + generated), facts)
 
 
-def _provenance(flags: Namespace, plan: Plan, prompts: int, tokens: int, generated: int) -> dict:
-    """Where the statistics come from, for the file itself."""
+def _provenance(flags: Namespace, plan: Plan, prompts: int, tokens: int, generated: int | None) -> dict:
+    """Where the statistics come from, for the file itself; `generated` is None where it is not known yet."""
     import torch
     import transformers
 
@@ -134,7 +156,7 @@ def _provenance(flags: Namespace, plan: Plan, prompts: int, tokens: int, generat
         "prompts": prompts,
         "prompts_file": printable(flags.prompts_file.name) if flags.prompts_file else "built in",
         "prompt_tokens": tokens,
-        "generated_tokens": generated,
+        **({} if generated is None else {"generated_tokens": generated}),
         "own_statistics_from_tokens": ENOUGH,
         "transformers": transformers.__version__,
         "torch": torch.__version__,
@@ -148,11 +170,17 @@ def _refuse_early(flags: Namespace, ranks: Ranks) -> tuple[Plan, list[Prompt], "
     """Everything that needs no library but torch to be found wrong."""
     if ranks.world > 1 and not flags.layerwise:
         raise Fp8Error("under torchrun: add --layerwise; without it one process spreads the model itself")
-    plan = make_plan(open_checkpoint(flags.model_dir))
+    # The largest set, so that one file serves every choice of the quantizer.
+    plan = make_plan(open_checkpoint(flags.model_dir), Selection("official"))
     prompts = read_prompts(flags.prompts_file)
     require_tokenizer(plan.checkpoint.root)
     device = _device(flags, ranks)
-    _check_memory(flags, plan.checkpoint, device, ranks)
+    extra = 0
+    if flags.second_moments:
+        moments.refuse_too_large(flags, sizes := moments.Sizes.of(flags, plan))
+        extra = sizes.memory(None)
+    if not flags.dry_run:
+        _check_memory(flags, plan.checkpoint, device, ranks, extra)
     return plan, prompts, device
 
 
@@ -186,26 +214,31 @@ def _device(flags: Namespace, ranks: Ranks) -> "torch.device | None":
 
 
 def _check_memory(
-    flags: Namespace, checkpoint: Checkpoint, device: "torch.device | None", ranks: Ranks
+    flags: Namespace, checkpoint: Checkpoint, device: "torch.device | None", ranks: Ranks, sums: int
 ) -> None:
-    """Refuse a model, or in layerwise mode a layer, that is larger than the memory there is."""
+    """Refuse a model, or in layerwise mode a layer, that is larger than the memory there is.
+
+    `sums` is what second moments take beside it.
+    """
     from fp8lib.model import memory
 
     parts = {name: 2 * count for name, count in weights_by_part(checkpoint).items()}
     there = memory.available(device)
     shown = printable(checkpoint.root)
+    beside = " with its second moments" if sums else ""
     if flags.layerwise:
         layers = ranks.local_world if device.type == "cpu" else 1  # every rank of a machine holds one
-        need = layers * max((n for name, n in parts.items() if name.startswith("layers.")), default=0)
+        need = max((n for name, n in parts.items() if name.startswith("layers.")), default=0)
+        need = layers * (need + sums)
         if need > there:
             what = "its largest layer is" if layers == 1 else f"the largest layers of {layers} ranks are"
             raise Fp8Error(
-                f"{shown}: {what} {size(need)} in BF16, and {size(there)} of memory is free; "
+                f"{shown}: {what} {size(need)} in BF16{beside}, and {size(there)} of memory is free; "
                 f"use {'a device with more' if layers == 1 else 'fewer ranks'}"
             )
-    elif (need := sum(parts.values())) > there:
+    elif (need := sum(parts.values(), sums)) > there:
         raise Fp8Error(
-            f"{shown}: {size(need)} in BF16, and {size(there)} of memory is free; "
+            f"{shown}: {size(need)} in BF16{beside}, and {size(there)} of memory is free; "
             "add --layerwise to hold one layer at a time"
         )
 
@@ -224,7 +257,12 @@ def _warn_unrecorded(left: set[str], warn: Callable[[str], None]) -> None:
 
 
 def _whole_model(
-    flags: Namespace, plan: Plan, tokenizer, batches: list[Batch], ranks: Ranks
+    flags: Namespace,
+    plan: Plan,
+    tokenizer,
+    batches: list[Batch],
+    ranks: Ranks,
+    collector: "Collector | None",
 ) -> tuple[int, dict[str, "InputStatistics"]]:
     """(generated tokens, statistics by input)."""
     from fp8lib.calibration.recording import Recorder
@@ -236,13 +274,23 @@ def _whole_model(
     model = whole_model.load(plan.checkpoint.root, flags.device_map)
     stop = whole_model.end_tokens(model, tokenizer)
     prompts = sum(len(batch.ids) for batch in batches)
-    with Progress(prompts, "prompts", flags.quiet, ranks) as progress, Recorder(plan) as recorder:
+    recording = Recorder(plan, collector and collector.sums)
+    with Progress(prompts, "prompts", flags.quiet, ranks) as progress, recording as recorder:
         generated = whole_model.run(model, batches, recorder, progress, flags.max_tokens, stop)
-        return generated, recorder.take()
+        inputs = recorder.take()
+        if collector:
+            collector.finish(0, [])
+        return generated, inputs
 
 
 def _one_layer_at_a_time(
-    flags: Namespace, plan: Plan, config, batches: list[Batch], device: "torch.device", ranks: Ranks
+    flags: Namespace,
+    plan: Plan,
+    config,
+    batches: list[Batch],
+    device: "torch.device",
+    ranks: Ranks,
+    collector: "Collector | None",
 ) -> Iterator[dict[str, "InputStatistics"]]:
     """Statistics by input, layer after layer; on rank 0 those of all ranks' tokens together."""
     from fp8lib.calibration.input_statistics import pack, unpack
@@ -256,7 +304,8 @@ def _one_layer_at_a_time(
         return
     total = sum(len(batch.ids) for batch in batches) * config.num_hidden_layers
     quiet = flags.quiet or not ranks.is_main
-    with Progress(total, "layers", quiet, ranks) as progress, Recorder(plan) as recorder:
+    recording = Recorder(plan, collector and collector.sums)
+    with Progress(total, "layers", quiet, ranks) as progress, recording as recorder:
         layers = layerwise.run(plan.checkpoint, config, shares[ranks.rank], device, recorder, progress)
         for number, inputs in enumerate(layers):
             if not ranks.is_main:
@@ -264,5 +313,7 @@ def _one_layer_at_a_time(
             for rank in others if ranks.is_main else ():
                 theirs = unpack(ranks.receive(f"layer {number} of rank {rank}"))
                 inputs = {name: mine.merged(theirs[name]) for name, mine in inputs.items()}
+            if collector:
+                collector.finish(number, others)
             progress.show()
             yield inputs

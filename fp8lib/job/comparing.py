@@ -141,7 +141,8 @@ def compare(
     inputs = inputs or prepare(flags, ranks)
     directories = [flags.output_dir, *filter(None, [flags.against])]
     candidates = [open_checkpoint(root) for root in directories]
-    check_agreement([inputs.original, *candidates], inputs.tokens, flags.batch_size, ranks)
+    chosen = [flags.batch_size, flags.activations, flags.served]
+    check_agreement([inputs.original, *candidates], inputs.tokens, chosen, ranks)
     record = _run(flags, inputs, candidates, ranks)
     if not ranks.is_main:
         return Zone(ranks.wait_for("verdict of outputs")), None

@@ -74,13 +74,15 @@ def tokens_of(
     return ids
 
 
-def check_agreement(checkpoints: Sequence[Checkpoint], ids: list[list[int]], size: int, ranks: Ranks) -> None:
+def check_agreement(
+    checkpoints: Sequence[Checkpoint], ids: list[list[int]], chosen: list, ranks: Ranks
+) -> None:
     """Refuse, on a rank other than 0, other models or other prompts: every machine has its own disk.
 
     Args:
         checkpoints: that this rank reads.
         ids: token ids of the prompts.
-        size: of batches.
+        chosen: values of flags that must be the same, such as the size of batches.
         ranks: all of them.
 
     Raises:
@@ -88,8 +90,9 @@ def check_agreement(checkpoints: Sequence[Checkpoint], ids: list[list[int]], siz
     """
     models = [[[s.name, s.size, s.header_sha256] for s in c.shards] for c in checkpoints]
     mine = {
+        "flags": chosen,
         "model": models,
-        "prompts": hashlib.sha256(repr((ids, size)).encode()).hexdigest(),
+        "prompts": hashlib.sha256(repr(ids).encode()).hexdigest(),
     }
     if ranks.is_main:
         ranks.publish("terms", mine)

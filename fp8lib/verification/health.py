@@ -22,6 +22,8 @@ from enum import IntEnum
 
 from fp8lib.checkpoint.untrusted import printable
 from fp8lib.numerics.modes import Calibration
+from fp8lib.verification import output_error
+from fp8lib.verification.output_error import OutputError
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,7 @@ class Measurement:
         relative: error relative to the original, both as the norm of the whole tensor.
         served_...: the same after an engine has requantized the weights to power-of-two scales.
         requantized: weights whose value that changes.
+        output: what the tensor is judged by instead, where it was rounded with its input in mind; else None.
     """
 
     name: str
@@ -49,6 +52,7 @@ class Measurement:
     served_max_abs: float
     served_relative: float
     requantized: int
+    output: OutputError | None = None
 
 
 def max_or_nan(values: Iterable[float]) -> float:
@@ -127,7 +131,9 @@ class Health:
 
 
 def zone_of(measurement: Measurement) -> Zone:
-    """A tensor's zone: the worst of its metrics."""
+    """A tensor's zone: the worst of its metrics, or that of its output error."""
+    if (output := measurement.output) is not None:
+        return Zone.GOOD if output.is_good else Zone.FAIL if output.is_bad else Zone.WARN
     return max(band.zone(getattr(measurement, band.metric)) for band in BANDS)
 
 
@@ -152,8 +158,12 @@ def judge(
         key=lambda item: (-item[0], COSINE.badness(item[1].cosine), item[1].name),
     )
     verdict = Zone.FAIL if problems else max(zones, default=Zone.GOOD)
-    recommendations = tuple(_recommend(measurements, calibration)) if flagged else ()
-    statement = _statement(verdict, measurements, problems, calibration.clips, finished)
+    outputs = [m.output for m in measurements if m.output is not None]
+    by_bands = [m for m in measurements if m.output is None]
+    recommendations = tuple(_recommend(by_bands, calibration)) if flagged else ()
+    statement = _statement(verdict, by_bands or measurements, problems, calibration.clips, finished)
+    if not problems and (wrong := output_error.statement(outputs)):
+        statement = wrong
     return Health(verdict, counts, tuple(flagged), statement, recommendations)
 
 

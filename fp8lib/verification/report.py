@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fp8lib.checkpoint.plan import Plan
 from fp8lib.checkpoint.untrusted import printable
 from fp8lib.terminal import WIDTH, Printer
+from fp8lib.verification import output_error
 from fp8lib.verification.health import COSINE, MAX_ABS, MEAN_ABS, Band, Health, Measurement, Zone, max_or_nan
 
 REQUANTIZED = (
@@ -45,6 +46,7 @@ def print_summary(
     health: Health | None,
     covered: int | None,
     powers_of_two: bool,
+    loading: Callable[[], None],
 ) -> None:
     """The health summary.
 
@@ -58,6 +60,7 @@ def print_summary(
         health: what to make of them; None if verification was skipped.
         covered: quantized tensors with activation statistics; None if there was no file.
         powers_of_two: whether the scales are meant to be.
+        loading: prints what engines need to load the directory.
     """
     printer.line("=" * WIDTH)
     printer.line("  QUANTIZATION VERIFICATION SUMMARY")
@@ -68,6 +71,7 @@ def print_summary(
     printer.line(f"  Shards processed    : {totals.shards}  ({failed} failed)")
     printer.line(f"  FP8 weight tensors  : {totals.fp8}")
     printer.line(f"  Passthrough tensors : {totals.passthrough}")
+    loading()
     if health is None:
         printer.line("  Spot-checked        : 0  (verification skipped)")
         printer.line("-" * WIDTH)
@@ -76,8 +80,14 @@ def print_summary(
         return
     marks = "  ".join(printer.mark(z, f"{health.counts[z]} {z.name}") for z in Zone)
     printer.line(f"  Spot-checked        : {len(measurements)} of {totals.fp8}  ({marks})")
+    if outputs := [m.output for m in measurements if m.output is not None]:
+        printer.line(f"  Output error        : {output_error.summary(outputs)}")
+        repeated = sum(each.repeated == 1 for each in outputs)
+        printer.line(f"  Rounding repeated   : in {repeated} of {len(outputs)} tensors, code for code")
+    by_bands = [m for m in measurements if m.output is None]
+    if by_bands:
+        _print_metrics(printer, by_bands)
     if measurements:
-        _print_metrics(printer, measurements)
         _print_served(printer, measurements, powers_of_two)
     _print_flagged(printer, health, problems)
     printer.line("-" * WIDTH)
