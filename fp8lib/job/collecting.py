@@ -5,13 +5,11 @@ and long before the model is loaded. The file appears at the very end, complete 
 """
 
 import hashlib
-import math
 import os
 import sys
 import time
 import warnings
 from argparse import Namespace
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
@@ -23,7 +21,6 @@ from fp8lib.calibration.statistics_file import SUFFIXES, looks_like_statistics
 from fp8lib.calibration.statistics_writer import StatisticsWriter
 from fp8lib.checkpoint.directory import Checkpoint, open_checkpoint
 from fp8lib.checkpoint.plan import Plan, make_plan
-from fp8lib.checkpoint.rules import without_prefix
 from fp8lib.checkpoint.untrusted import printable
 from fp8lib.job import moments
 from fp8lib.job.ranks import Ranks
@@ -129,11 +126,18 @@ def _run(flags: Namespace, talk: Talk, ranks: Ranks) -> None:
         writer.commit()
     ranks.publish("written", True)
     _warn_unrecorded(entries.left, talk.warn)
+    facts = _facts(flags, provenance, time.monotonic() - started, collector)
+    report.print_summary(talk.printer, entries.coverage(tokens + generated), facts)
+
+
+def _facts(flags: Namespace, provenance: dict, seconds: float, collector: "Collector | None") -> dict:
+    """What the summary says about the run: label -> value."""
+    tokens, generated = provenance["prompt_tokens"], provenance["generated_tokens"]
     facts = {
-        "Model": f"{printable(root)} ({provenance['model_type']}), {provenance['mode']}",
-        "Prompts": f"{len(prompts)} ({provenance['prompts_file']})",
+        "Model": f"{printable(flags.model_dir)} ({provenance['model_type']}), {provenance['mode']}",
+        "Prompts": f"{provenance['prompts']} ({provenance['prompts_file']})",
         "Tokens": f"{tokens + generated:,}: {tokens:,} of prompts, {generated:,} generated",
-        "Time": f"{time.monotonic() - started:,.0f} s",
+        "Time": f"{seconds:,.0f} s",
         "Written": f"{printable(flags.output)} ({size(flags.output.stat().st_size)})",
     }
     if collector:
@@ -141,7 +145,7 @@ def _run(flags: Namespace, talk: Talk, ranks: Ranks) -> None:
         own = f", {collector.own:,} of them single experts'" if collector.own else ""
         facts["Second moments"] = f"{collector.written:,}{own}"
         facts[""] = f"{printable(beside)} ({size(beside.stat().st_size)})"
-    report.print_summary(talk.printer, entries.coverage(tokens + generated), facts)
+    return facts
 
 
 def _provenance(flags: Namespace, plan: Plan, prompts: int, tokens: int, generated: int | None) -> dict:
@@ -242,7 +246,7 @@ def _check_memory(
     """
     from fp8lib.model import memory
 
-    parts = _bytes_in_bf16(checkpoint)
+    parts = memory.bytes_in_bf16(checkpoint)
     there = memory.available(device)
     shown = printable(checkpoint.root)
     beside = " with its second moments" if sums else ""
@@ -261,18 +265,6 @@ def _check_memory(
             f"{shown}: {size(need)} in BF16{beside}, and {size(there)} of memory is free; "
             "add --layerwise to hold one layer at a time"
         )
-
-
-def _bytes_in_bf16(checkpoint: Checkpoint) -> dict[str, int]:
-    """What the text model takes in memory, by layer and by tensor that is in none."""
-    parts: Counter[str] = Counter()
-    for shard in checkpoint.shards:
-        for tensor in shard.tensors:
-            name = without_prefix(tensor.name)
-            if not name.startswith("mtp.") and ".visual." not in f".{name}":
-                part = ".".join(name.split(".")[:2]) if name.startswith("layers.") else name
-                parts[part] += 2 * math.prod(tensor.shape)
-    return parts
 
 
 def _warn_unrecorded(left: set[str], warn: Callable[[str], None]) -> None:

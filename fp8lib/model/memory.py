@@ -1,9 +1,14 @@
 """How much memory there is for a model: on the host within its container's limit, and on CUDA devices."""
 
+import math
 import os
+from collections import Counter
 from pathlib import Path
 
 import torch
+
+from fp8lib.checkpoint.directory import Checkpoint
+from fp8lib.checkpoint.rules import without_prefix
 
 
 def available(device: torch.device | None) -> int:
@@ -45,3 +50,15 @@ def _left_in_containers() -> list[int]:
             pass
         folder = folder.parent
     return left
+
+
+def bytes_in_bf16(checkpoint: Checkpoint) -> dict[str, int]:
+    """What the text model takes in memory, by layer and by tensor that is in none."""
+    parts: Counter[str] = Counter()
+    for shard in checkpoint.shards:
+        for tensor in shard.tensors:
+            name = without_prefix(tensor.name)
+            if not name.startswith("mtp.") and ".visual." not in f".{name}":
+                part = ".".join(name.split(".")[:2]) if name.startswith("layers.") else name
+                parts[part] += 2 * math.prod(tensor.shape)
+    return parts
