@@ -231,7 +231,7 @@ def test_dry_run_writes_nothing_and_reads_headers_only(
 
 def fields(summary: str) -> dict[str, str]:
     """The `name : value` lines of a summary."""
-    return dict(re.findall(r"^  (\w[\w -]*?) *: (.+)$", summary, re.MULTILINE))
+    return dict(re.findall(r"^  (\w[\w ()-]*?) *: (.+)$", summary, re.MULTILINE))
 
 
 def spot_checked(summary: str) -> tuple[int, dict[str, int]]:
@@ -519,7 +519,7 @@ def test_phases_are_noted_to_have_no_effect_on_powers_of_two(
     result = cli("--input_dir", checkpoint("text"), *flags)
     assert result.err == "note: --mse_grid_size has no effect with --scale_format ue8m0\n"
     assert cli("--input_dir", checkpoint("text"), *flags, "--scale_format", "bf16").err == ""
-    assert cli("--input_dir", small, "--dry_run", "--quiet", *flags).err == ""
+    assert cli("--input_dir", checkpoint("text"), "--quiet", *flags).err == ""
 
 
 LOUD = {

@@ -18,7 +18,6 @@ FLAGS_OF_OTHERS = {
     "torchrun": {"--max-restarts"},
     "vllm": {"--enable-expert-parallel"},
     "sglang": {"--ep"},
-    "llama-perplexity": {"--kl-divergence"},
 }
 """Flags of other programs that stand in the text without their command."""
 
