@@ -496,9 +496,9 @@ sys.addaudithook(_note_renames)
 
 def test_config_is_the_last_file_to_get_its_name(tmp_path: Path, checkpoint: Callable, cli: Callable) -> None:
     global _renamed
+    source = checkpoint("text", tokenizer=True, shards=3)
     _renamed = []
     try:
-        source = checkpoint("text", tokenizer=True, shards=3)
         assert cli("--input_dir", source, "--output_dir", tmp_path / "out").rc == 0
         order = _renamed
     finally:
