@@ -117,6 +117,7 @@ def settings_for(flags: Namespace, statistics: Statistics | None, ranks: Ranks):
         device=device,
         workers=flags.workers or devices.default_workers(device, ranks.local_world),
         checksums=flags.checksums,
+        readers=devices.default_readers(device, ranks.local_world),
     )
 
 

@@ -6,6 +6,7 @@ shard_job  one shard under way
 convert    what becomes of the rows of a weight
 units      how the work is cut up
 lanes      what a worker thread works with: buffers, a stream, threads that read ahead and write behind
+checksum   SHA-256 of a shard's bytes as they are written
 writer     one output file: temporary name, fsync, rename
 direct     direct I/O
 devices    which device, how many threads

@@ -48,15 +48,35 @@ def measure(weights: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) ->
         codes: float8_e4m3fn [rows, columns].
         scales: [ceil(rows/128), ceil(columns/128)], BF16 or F32.
     """
-    original = weights.float()
-    restored = dequantize(codes, scales)
-    difference = restored - original
-    amax, max_abs = _largest(original), _largest(difference)
-    if not _FLOAT32_SQUARES[0] < amax < _FLOAT32_SQUARES[1]:
-        original, restored, difference = original.double(), restored.double(), difference.double()
-    sums = [t.mul(t).sum().double() for t in (original, restored, difference)]
-    values = torch.stack([*sums, difference.abs_().sum().double(), max_abs.double(), amax.double()])
-    return Errors(weights.numel(), *values.tolist())
+    return measure_all([(weights, codes, scales)])[0]
+
+
+def measure_all(pieces: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> list[Errors]:
+    """What `measure` says of each of several pieces.
+
+    Each is summed by itself, because a sum of floats depends on what is summed together. But the host waits
+    for the device only twice, however many pieces there are.
+    """
+    values = [_difference(*piece) for piece in pieces]
+    largest = torch.stack([torch.stack([_largest(t) for t in (v[2], v[0])]) for v in values]).double()
+    found = []
+    for of_piece, (_, amax) in zip(values, largest.tolist(), strict=True):
+        wide = not _FLOAT32_SQUARES[0] < amax < _FLOAT32_SQUARES[1]
+        original, restored, difference = (t.double() if wide else t for t in of_piece)
+        sums = [t.mul(t).sum().double() for t in (original, restored, difference)]
+        found.append(torch.stack([*sums, difference.abs_().sum().double()]))
+    sums = torch.cat([torch.stack(found), largest], dim=1).tolist()
+    return [
+        Errors(weights.numel(), *of_piece) for (weights, _, _), of_piece in zip(pieces, sums, strict=True)
+    ]
+
+
+def _difference(
+    weights: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(w, w', w' - w) of a piece, float32."""
+    original, restored = weights.float(), dequantize(codes, scales)
+    return original, restored, restored - original
 
 
 def _largest(values: torch.Tensor) -> torch.Tensor:
