@@ -3,8 +3,9 @@
 
 import argparse
 
+from fp8lib.checkpoint.rules import ELIGIBILITIES, Selection
 from fp8lib.command_line import Command, Parser, path, positive
-from fp8lib.numerics.modes import MODES, PHASES, Calibration
+from fp8lib.numerics.modes import MODES, PHASES, SCALE_FORMATS, Calibration
 
 MODE_FLAGS = (
     ("rms", "--rms_factor"),
@@ -37,6 +38,10 @@ def make_parser() -> Parser:
         "--calib_mode", choices=MODES, default="rms", help="how a block's scale is chosen (%(default)s)"
     )
     group.add_argument(
+        "--scale_format", choices=SCALE_FORMATS, default="ue8m0",
+        help="ue8m0: powers of two, which engines serve as they are; bf16: any BF16 number (%(default)s)",
+    )  # fmt: skip
+    group.add_argument(
         "--rms_factor", type=float, default=3.0, metavar="K",
         help="rms: scale = K * rms / 448, doubled until nothing saturates (%(default)s)",
     )  # fmt: skip
@@ -49,11 +54,28 @@ def make_parser() -> Parser:
     )  # fmt: skip
     group.add_argument(
         "--mse_grid_size", type=int, default=PHASES, metavar="N",
-        help="mse: scale phases tried per octave; %(default)s is every BF16 scale (%(default)s)",
+        help="mse with bf16 scales: phases tried per octave; %(default)s is every scale (%(default)s)",
     )  # fmt: skip
     group.add_argument(
         "--activation_stats", type=path, metavar="FILE",
         help="statistics from collect_activation_stats.py; rms and mse weight channels by them",
+    )  # fmt: skip
+
+    group = parser.add_argument_group("what is quantized")
+    group.add_argument(
+        "--eligibility", choices=ELIGIBILITIES, default="toolkit",
+        help="official also quantizes linear_attn.out_proj and shared experts, like Qwen's own FP8 releases "
+        "(%(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--keep_bf16", action="append", default=[], metavar="PATTERN",
+        help="keep modules whose name matches, such as '*.layers.0.mlp.*', whole fusion groups at a time; "
+        "wins over all else; repeatable",
+    )  # fmt: skip
+    group.add_argument(
+        "--quantize", action="append", default=[], metavar="PATTERN",
+        help="quantize modules of the official set whose name matches, whole fusion groups at a time; "
+        "repeatable",
     )  # fmt: skip
 
     group = parser.add_argument_group("hardware")
@@ -98,12 +120,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         for mode, flag in MODE_FLAGS
         if mode != flags.calib_mode and getattr(flags, flag[2:]) != parser.get_default(flag[2:])
     )
+    if flags.calib_mode == "mse" and flags.scale_format == "ue8m0" and flags.mse_grid_size != PHASES:
+        flags.notes += ("--mse_grid_size has no effect with --scale_format ue8m0",)
+    flags.selection = Selection(flags.eligibility, tuple(flags.keep_bf16), tuple(flags.quantize))
     flags.calibration = Calibration(
         mode=flags.calib_mode,
         rms_factor=flags.rms_factor,
         rms_saturate=flags.rms_saturate,
         percentile=flags.calib_percentile,
         mse_grid_size=flags.mse_grid_size,
+        scale_format=flags.scale_format,
     )
     return flags
 

@@ -66,7 +66,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def path(text: str) -> Path:
-    """A flag's value as a path; nothing, an unset variable of the shell, does not mean here."""
+    """A flag's value as a path. An empty one, such as an unset shell variable, is refused."""
     if not text:
         raise argparse.ArgumentTypeError("is empty")
     return Path(text)
@@ -81,7 +81,7 @@ def natural(text: str) -> int:
 
 def positive(text: str) -> int:
     """A flag's value as a whole number from 1 on."""
-    if natural(text) == 0:
+    if text.startswith("-") or natural(text) == 0:
         raise argparse.ArgumentTypeError("must be 1 or more")
     return int(text)
 
@@ -190,8 +190,8 @@ def _interruptible(farewell: str) -> Iterator[None]:
 
     def interrupt(number: int, _frame: object) -> None:
         for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_IGN)  # once is enough; what follows is short
-        # Unless a write hangs, or Python was just where it drops exceptions (a finalizer, a weakref's).
+            signal.signal(each, signal.SIG_IGN)  # a second one would interrupt the clean-up
+        # The exception may be lost: a write may hang, and Python drops exceptions raised in finalizers.
         signal.signal(signal.SIGALRM, lambda *_: give_up(number))
         signal.setitimer(signal.ITIMER_REAL, _PATIENCE)
         raise _Interrupted(number)
@@ -201,7 +201,7 @@ def _interruptible(farewell: str) -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            if signal.getsignal(number) is interrupt:  # under torchrun, a rank that leaves stays deaf
+            if signal.getsignal(number) is interrupt:  # under torchrun a rank that is leaving ignores both
                 signal.signal(number, handler)
 
 
@@ -209,7 +209,7 @@ def _interruptible(farewell: str) -> Iterator[None]:
 
 
 class _Lasting:
-    """A standard stream that nobody may be reading any more (`| head`): what was done stays done."""
+    """A standard stream whose reader may have gone (`| head`). Its end does not fail the run."""
 
     def __init__(self, stream: io.TextIOBase) -> None:
         self._stream = stream
@@ -231,7 +231,7 @@ class _Lasting:
             self._drop()
 
     def _drop(self) -> None:
-        """Let this and all that follows disappear, what is still buffered included."""
+        """Send all further output to /dev/null, what is still buffered included."""
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self._stream.fileno())
         os.close(nowhere)

@@ -35,7 +35,7 @@ class Printer:
         try:
             print(text, file=self.stream, flush=True)
         except BrokenPipeError:
-            # Whoever was reading (`| head`) has seen enough; what was done stays done.
+            # The reader has gone (`| head`). That is no failure.
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
     def mark(self, zone: Enum, text: str = "") -> str:

@@ -11,7 +11,6 @@ import struct
 import subprocess
 import sys
 import termios
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -431,9 +430,8 @@ def test_an_interrupted_run_leaves_no_file(checkpoint, tmp_path, number, code, f
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    while "tokens/s" not in child.stderr.readline():  # then prompts are running
-        pass
-    time.sleep(0.2)
+    while "tokens/s" not in (line := child.stderr.readline()):  # then prompts are running
+        assert line, "it ended before"
     child.send_signal(number)
     _, err = child.communicate(timeout=60)
     assert child.returncode == code

@@ -24,6 +24,7 @@ from conftest import Result
 from fp8lib import Fp8Error
 from fp8lib.checkpoint.directory import open_checkpoint
 from fp8lib.checkpoint.plan import make_plan
+from safetensors_by_hand import edit_header, read_header
 
 INDEX = "model.safetensors.index.json"
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -58,16 +59,6 @@ def edit_state(path: Path, edit: Callable[[dict[str, torch.Tensor]], object]) ->
     state = {name: tensor.clone() for name, tensor in load_file(path).items()}
     edit(state)
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
-
-
-def edit_header(path: Path, edit: Callable[[dict], object]) -> None:
-    """Change the header of a shard and leave its data as they are."""
-    raw = path.read_bytes()
-    length = int.from_bytes(raw[:8], "little")
-    header = json.loads(raw[8 : 8 + length])
-    edit(header)
-    text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
 
 
 def shard_of(folder: Path, name: str) -> Path:
@@ -401,8 +392,9 @@ def test_no_damage_to_a_header_gets_past_as_anything_but_a_refusal(
     if not folder.exists():
         shutil.copytree(checkpoint(kind, **arguments), folder)
     shard = folder / "model.safetensors"
-    raw = bytearray((checkpoint(kind, **arguments) / "model.safetensors").read_bytes())
-    length = 8 + int.from_bytes(raw[:8], "little")
+    original = checkpoint(kind, **arguments) / "model.safetensors"
+    raw = bytearray(original.read_bytes())
+    _, length = read_header(original)
     for _ in range(data.draw(st.integers(1, 4))):
         raw[data.draw(st.integers(0, length - 1))] = data.draw(st.integers(0, 255))
     shard.write_bytes(raw)

@@ -1,4 +1,9 @@
-"""The output directory before and after a run: whose it is, what may be removed, what is left to do."""
+"""The output directory before and after a run: whose it is, what may be removed, what is left to do.
+
+The lock is the tool's own. The filelock library was looked at: it leaves its file behind or removes it while
+another process may be about to lock it, and it cannot say who holds the lock, which ranks on other machines
+ask to learn whether they see the same directory.
+"""
 
 import fcntl
 import os
@@ -87,7 +92,7 @@ def inspect(folder: Path, plan: Plan, mine: Manifest, overwrite: bool) -> State:
             raise Fp8Error(
                 f"{printable(folder / foreign[0])}: in the way, and not written by this tool; move it"
             )
-        # What makes it a model goes first, and what says whose it is last.
+        # config.json and the index go first: without them it is no model. The manifest goes last.
         order = sorted(written, key=lambda name: (name == MANIFEST) - (name in (CONFIG, INDEX)))
         remove = tuple(folder / name for name in order if _is_file(folder / name))
         return State(remove=remove, leftovers=leftovers)
@@ -101,7 +106,7 @@ def inspect(folder: Path, plan: Plan, mine: Manifest, overwrite: bool) -> State:
         for shard in plan.shards
         if shard.name in earlier.shards and _is_complete(folder / shard.name, shard)
     )
-    # Written by a run that ended before it could record them; they would be in the way of the space.
+    # Written by a run that ended before it could record them. They are removed to make room.
     unrecorded = tuple(
         folder / s.name for s in plan.shards if s.name not in finished and _is_file(folder / s.name)
     )

@@ -84,7 +84,10 @@ def quantize(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
         _finish(flags, plan, results)
     ordered = [results[s.name] for s in plan.shards]
     label, totals = str(flags.calibration), Totals.of(plan)
-    return agree(ranks, summarize(flags, talk, flags.calibration, label, ordered, totals, covered))
+    verdict = summarize(
+        flags, talk, flags.calibration, label, ordered, totals, covered, plan.outputs(), plan.config()
+    )
+    return agree(ranks, verdict)
 
 
 class _Journal:
@@ -138,6 +141,7 @@ def _settings(flags: Namespace, statistics: Statistics | None) -> dict:
     return {
         "calibration": str(flags.calibration),
         "activation_stats": statistics.sha256 if statistics else None,
+        **flags.selection.settings(),
     }
 
 

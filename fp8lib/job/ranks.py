@@ -1,16 +1,19 @@
 """The processes of a job: one, or as many as `torchrun` started.
 
 There is no scheduler here. Ranks share the key-value store that torchrun already runs for them
-(torch.distributed's TCPStore; no process group is made): work is claimed from a counter as ranks become
-free, results and the first error are left under keys, and rank 0 speaks for all.
+(torch.distributed's TCPStore): work is claimed from a counter as ranks become free, results and the first
+error are left under keys, and rank 0 speaks for all.
 
-Two things torchrun leaves to its processes, and no environment variable tells:
+torch.distributed's process groups were looked at. Their collectives need every rank at the same point at the
+same time, have no queue to claim work from, and hang until a timeout when a rank dies.
 
-- The store outlives the ranks. After `--max-restarts` it still holds what the last attempt left, and the
-  machines of a job do not count attempts alike. So rank 0 names every attempt anew, its keys begin with
-  that name, and another rank believes a name only when it has seen rank 0's pulse move under it.
-- A rank that dies takes those of its own machine with it, not those of the others. So every rank counts
-  on a pulse of its own, and listens for the next rank's.
+torchrun leaves two problems to its processes:
+
+- The store outlives the ranks. After a restart (`--max-restarts`) it still holds what the last attempt left,
+  and the machines of a job may count attempts differently. So rank 0 gives every attempt a new name, all keys
+  begin with that name, and another rank accepts a name only after it has seen rank 0 beat under it.
+- When a rank dies, torchrun ends the ranks of the same machine only. So every rank adds to a counter of its
+  own, its pulse, and watches the next rank's.
 """
 
 import json
@@ -89,11 +92,11 @@ class Ranks:
         self._pulse = threading.Thread(target=self._keep_pulse, daemon=True)
         self._pulse.start()
         if self._store.add(f"joined/{self.rank}", 1) > 1:
-            # Only where machines rendezvous statically: what its forerunner had claimed is lost.
+            # Happens only with a static rendezvous. The work that the dead process had claimed is lost.
             self._stop_all(f"rank {self.rank} was restarted alone; use torchrun's --rdzv-backend c10d")
 
     def _await_attempt(self) -> str:
-        """The attempt in which rank 0 is alive. All ranks of the one before have ended by now."""
+        """The attempt in which rank 0 is alive. All ranks of the attempt before have ended by now."""
         seen: tuple[str, int] | None = None
         for _ in range(round(_ABSENCE / _INTERVAL * 10)):
             self._exit_if_over()
@@ -116,19 +119,19 @@ class Ranks:
             raise SystemExit(int(self._all_attempts.get("exit code")))
 
     def _keep_pulse(self) -> None:
-        """Beat, and listen: for the next rank, for a failure, for a new attempt. In its own thread."""
+        """Add to the pulse, and watch the next rank, failures and new attempts. Runs in its own thread."""
         other = (self.rank + 1) % self.world
         heard, silence = 0, 0.0
         while True:
             try:
                 self._store.add(f"pulse/{self.rank}", 1)
                 beats = self._store.add(f"pulse/{other}", 0)
-                # Time is counted in beats of one's own: they stop, too, while a machine is suspended.
+                # Silence is counted in own beats, not by a clock: both stop while a machine is suspended.
                 silence = silence + _INTERVAL if beats == heard else 0.0
                 heard = beats
                 if silence == (_SILENCE if heard else _ABSENCE):
                     self._stop_all(f"rank {other} has not been heard of for {silence:.0f} s")
-                    self._store.add("left", 1)  # in its place
+                    self._store.add("left", 1)  # on behalf of the silent rank
                 if self._store.check(["failure"]):
                     self._failure = self._store.get("failure").decode()
                 elif self._all_attempts.get("attempt").decode() != self.attempt:
@@ -191,7 +194,7 @@ class Ranks:
         time.sleep(_INTERVAL / 10)
 
     def claims(self, work: Sequence[Work]) -> Iterator[Work]:
-        """The items of a list, the same on every rank, that fall to this one: the next, whenever asked."""
+        """Claim items of a list, which is the same on every rank: each `next` claims the next free one."""
         if self._store is None:
             yield from work
             return
@@ -258,9 +261,9 @@ class Ranks:
     # The end.
 
     def fail(self, error: Exception) -> None:
-        """Tell the other ranks why this one stops; the first to fail is heard.
+        """Tell the other ranks why this one stops; only the first failure counts.
 
-        What was refused in words is final: torchrun may start the ranks again, but they do and say nothing.
+        An Fp8Error is final: if torchrun starts the ranks again, they exit at once and print nothing.
         """
         if self._store is None or self._failure is not None:
             return
@@ -272,10 +275,10 @@ class Ranks:
         self._stop_all(message, final)
 
     def leave(self, exit_code: int | None = None) -> None:
-        """Exit together: torchrun ends whoever is left when the first process has failed.
+        """Wait for the others before exiting: torchrun kills the rest when the first process fails.
 
         Args:
-            exit_code: of a job that came to its end; who is late or started again will exit with it, too.
+            exit_code: of a job that came to its end. A rank that is late or restarted exits with it, too.
         """
         if self._store is None:
             return
@@ -303,7 +306,7 @@ class Ranks:
 
 
 def refuse_together(error: Exception) -> None:
-    """End together where no job has begun, because of a flag: otherwise torchrun might end rank 0 unheard."""
+    """Report a wrong flag on all ranks together. Otherwise torchrun might kill rank 0 before it prints."""
     ranks = Ranks()
     ranks.fail(error)
     ranks.leave()

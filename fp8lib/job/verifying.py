@@ -3,10 +3,12 @@
 import os
 from argparse import Namespace
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from fp8lib import Fp8Error
 from fp8lib.checkpoint.directory import CONFIG, Checkpoint, open_checkpoint
+from fp8lib.checkpoint.matching import mismatches
 from fp8lib.checkpoint.untrusted import printable
 from fp8lib.job import manifest
 from fp8lib.job.manifest import ShardResult
@@ -38,9 +40,10 @@ def verify_only(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
         earlier = manifest.load(flags.output_dir)
     if earlier and not earlier.made_from(original.shards):
         talk.warn(f"by its {manifest.MANIFEST}, {printable(flags.output_dir)} was not made from this input")
+    outputs = [tensor for shard in quantized.shards for tensor in shard.tensors]
+    unread = mismatches(outputs, quantized.config)
     if "quantization_config" not in quantized.config:
-        problem = f"{CONFIG}: has no quantization_config, so no engine will read the weights as FP8"
-        pairings[0][2].append(problem)
+        unread.append(f"{CONFIG}: has no quantization_config, so no engine will read the weights as FP8")
     work = [
         ToCheck(shard.name, shard.size, shard_check(flags, shard.name, pairs, problems))
         for shard, pairs, problems in pairings
@@ -53,16 +56,19 @@ def verify_only(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
         flags, ranks, settings, work, len(work), 0, lambda result: results.update({result.name: result})
     )
     used = earlier and earlier.settings.get("calibration")
-    calibration = flags.calibration
-    with suppress(Fp8Error):  # advice is for the mode that was used, if that is known
+    ordered = [results[item.name] for item in work]
+    # Advice is for the mode that was used, if that is known. What engines change are no powers of two.
+    changed = any(m.requantized for r in ordered for m in r.measurements)
+    calibration = replace(flags.calibration, scale_format="bf16" if changed else "ue8m0")
+    with suppress(Fp8Error):
         calibration = Calibration.parse(str(used))
     fp8 = sum(len(pairs) for _, pairs, _ in pairings)
     kept = sum(len(shard.tensors) for shard in quantized.shards) - 2 * fp8
-    ordered = [results[item.name] for item in work]
+    ordered[0] = replace(ordered[0], problems=(*unread, *ordered[0].problems))
     label = f"{printable(used or 'unknown')} (verify only)"
-    return agree(
-        ranks, summarize(flags, talk, calibration, label, ordered, Totals(len(work), fp8, kept), None)
-    )
+    totals = Totals(len(work), fp8, kept)
+    verdict = summarize(flags, talk, calibration, label, ordered, totals, None, outputs, quantized.config)
+    return agree(ranks, verdict)
 
 
 def _open_finished(folder: Path) -> Checkpoint:

@@ -1,10 +1,12 @@
 """Direct I/O: between the disk and a buffer, past the page cache.
 
-Filling the page cache is the dear part of reading and writing large files: 2 GB cost 4 s of a core on the
-machine of the benchmarks, four times what the kernels cost, and push out what others have cached. And what
-is read past it comes from the disk, not from what the kernel remembers of it.
+Filling the page cache is the expensive part of reading and writing large files: 2 GB cost 4 s of a core on
+the machine of the benchmarks, four times what the kernels cost, and they push out what others have cached.
+Bytes that are read directly come from the disk and not from the kernel's memory, which is what a check of
+written files needs.
 
-A direct transfer takes whole pages that are aligned in the file and in memory.
+A direct transfer takes whole pages that are aligned in the file and in memory. No library was found that does
+this for a plain file from Python: kvikio and fastsafetensors want CUDA and GPUDirect Storage.
 """
 
 import ctypes

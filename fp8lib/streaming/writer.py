@@ -2,6 +2,8 @@
 
 Nothing of a shard is held in memory, and pieces may come in any order and from any thread. Under its own
 name a file is always complete: until `commit` it is `.<name>.partial`, which no engine looks at.
+
+The safetensors library was looked at. It writes a file in one call, from tensors that are all in memory.
 """
 
 import ctypes
