@@ -154,7 +154,7 @@ COMMAND = Command(
     parse,
     _run,
     interrupted="interrupted; run the same command again (without --overwrite) to continue",
-    out_of_memory="use fewer --workers",
+    out_of_memory="use fewer --workers, or --device cpu if it is the device's",
 )
 main = COMMAND.main
 

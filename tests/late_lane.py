@@ -2,7 +2,7 @@
 
 A copy to the host that was queued lands when somebody waits for its stream: until then the buffer holds
 something else. A copy to the device reads its source when somebody waits for it: has the source changed by
-then, `LateRead` is raised, as the device would have computed with other bytes.
+then, `LateReadError` is raised, as the device would have computed with other bytes.
 
 `drive` takes a shard through its tasks in one thread, in the order that does the most harm, so that what is
 wrong shows every time and not when threads happen to meet.
@@ -18,7 +18,7 @@ from fp8lib.streaming.lanes import Lane
 from pretended_device import PretendedCuda, Stream
 
 
-class LateRead(AssertionError):
+class LateReadError(AssertionError):
     """The source of a queued copy was overwritten before anyone waited for the copy."""
 
 
@@ -34,7 +34,7 @@ class LateCuda(PretendedCuda):
 
         def read() -> None:
             if not torch.equal(_bytes(host), expected):
-                raise LateRead(f"the source of a copy of {host.nbytes} bytes was overwritten")
+                raise LateReadError(f"the source of a copy of {host.nbytes} bytes was overwritten")
 
         self._queued.setdefault(stream, []).append(read)
 

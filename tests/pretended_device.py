@@ -7,43 +7,53 @@
 What it does as CUDA would, though a CPU does not:
 
 - tensors of two devices do not mix;
-- sums of floats, products of matrices and weighted `bincount` add up in an order of their own, another each time;
+- sums of floats, products of matrices and weighted `bincount` add up in an order of their own, each time in
+  another;
 - a division by a Python number is a product with its reciprocal, and functions that libraries approximate are
   off by an ulp;
 - a cast to E4M3 beyond 464 gives 448;
 - every thread begins with device 0 as its own, and so on: see `contexts`;
 - what one stream has written is not there for another before someone has waited for it: such a read raises
-  `Race`.
+  `RaceError`.
 
 It counts what the host asks of it: kernels (operations that compute, each at least one launch), bytes copied
 in both directions and touched by kernels, waits of the host by reason, and the memory in use.
 
-Streams are those of `torch.cuda.stream`; entering one makes the pretence hold in a thread. Under autograd some
-operations are taken apart before they get here, so use it within `torch.inference_mode` or `torch.no_grad`.
+Streams are those of `torch.cuda.stream`; entering one makes the pretence hold in a thread. Under autograd
+some operations are taken apart before they get here: use it within `torch.inference_mode` or `torch.no_grad`.
 """
 
 import math
 import threading
 import weakref
 from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from unittest import mock
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 
 WAITS = {"_local_scalar_dense": 1, "nonzero": 1, "masked_select": 1, "_unique2": 1, "equal": 1, "bincount": 2}
 """Operations of CUDA whose result, or its size, the host waits for; how often. `bincount` looks for the least
 and the largest value."""
 APPROXIMATED = {"exp", "exp2", "log", "log2", "log10", "pow", "rsqrt", "tanh", "sigmoid"}
-NO_KERNEL = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "_unsafe_view", "is_same_size"}
+NO_KERNEL = {
+    "empty",
+    "empty_strided",
+    "empty_like",
+    "new_empty",
+    "new_empty_strided",
+    "_unsafe_view",
+    "is_same_size",
+}
 GROUPED_WITHOUT_WAITING = (9, 10)
 """Compute capabilities, major, on which torch 2.10 reads `grouped_mm`'s offsets on the device."""
 
 
-class Race(AssertionError):
+class RaceError(AssertionError):
     """A stream used what another one has written, without anyone having waited."""
 
 
@@ -64,7 +74,7 @@ class Pretended(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        owner = next(t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Pretended))
+        owner = next(t for t in _tensors((args, kwargs)) if isinstance(t, Pretended))
         return owner.memory.cuda.run(func, args, kwargs or {})
 
 
@@ -228,11 +238,10 @@ class PretendedCuda:
 
     def run(self, func, args: tuple, kwargs: dict) -> object:
         name = func.overloadpacket.__name__
-        if name != "where" and not func.is_view:
+        if name != "where" and _is_composite(func):
             with torch._C.DisableTorchFunction(), _Operations(self):
-                if (found := func.decompose(*args, **kwargs)) is not NotImplemented:
-                    return found
-        tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)]
+                return func.decompose(*args, **kwargs)
+        tensors = list(_tensors((args, kwargs)))
         mine = [t for t in tensors if isinstance(t, Pretended)]
         if name in ("_to_copy", "copy_") and (done := self._copy(name, args, kwargs)) is not NotImplemented:
             return done
@@ -247,15 +256,18 @@ class PretendedCuda:
             self._refuse_race(tensor, func)
         if kwargs.get("device") is not None:
             kwargs = {**kwargs, "device": "cpu"}
-        found = self._results(self._compute(func, name, _inner(args), _inner(kwargs)), mine, device)
+        by_number = name in ("div", "div_") and len(args) == 2 and not kwargs and _is_number(args[1])
+        compute = self._times_reciprocal if by_number else self._compute
+        found = self._results(compute(func, name, _inner(args), _inner(kwargs)), mine, device)
         self._account(name, mine, found, args)
         return found
 
     def _compute(self, func, name: str, args: tuple, kwargs: dict) -> object:
         """What an operation gives, as CUDA may compute it."""
-        if name in ("div", "div_") and len(args) == 2 and not kwargs and _is_number(args[1]):
-            return self._times_reciprocal(name, *args)
-        if name in ("add", "add_", "sub", "sub_") and math.frexp(kwargs.get("alpha", 1))[0] not in (0.5, -0.5):
+        if name in ("add", "add_", "sub", "sub_") and math.frexp(kwargs.get("alpha", 1))[0] not in (
+            0.5,
+            -0.5,
+        ):
             raise AssertionError(f"{func}: CUDA may round a product with {kwargs['alpha']} and the sum once")
         if name == "bincount" and len(args) > 1 and args[1] is not None:
             order = self._order(len(args[0]))
@@ -266,7 +278,11 @@ class PretendedCuda:
         if name in ("sum", "mean") and args[0].is_floating_point():
             values = args[0]
             for dim in range(values.dim()):
-                values = values.index_select(dim, self._order(values.shape[dim])) if self._reduces(dim, args) else values
+                values = (
+                    values.index_select(dim, self._order(values.shape[dim]))
+                    if self._reduces(dim, args)
+                    else values
+                )
             return func(values, *args[1:], **kwargs)
         if name == "_to_copy" and kwargs.get("dtype") == torch.float8_e4m3fn:
             return func(args[0].clamp(-448, 448), *args[1:], **kwargs)
@@ -281,7 +297,8 @@ class PretendedCuda:
         return dims is None or dim in [d % args[0].dim() for d in dims]
 
     @staticmethod
-    def _times_reciprocal(name: str, values: torch.Tensor, divisor: float | torch.Tensor) -> torch.Tensor:
+    def _times_reciprocal(func, name: str, args: tuple, kwargs: dict) -> torch.Tensor:
+        values, divisor = args
         dtype = values.dtype if values.is_floating_point() else torch.get_default_dtype()
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         product = (values.to(wide) * (torch.ones((), dtype=wide) / float(divisor))).to(dtype)
@@ -295,7 +312,7 @@ class PretendedCuda:
         """A copy between devices; NotImplemented within one."""
         if name == "copy_":
             target, source = args[:2]
-            non_blocking = len(args) > 2 and args[2] or kwargs.get("non_blocking", False)
+            non_blocking = (len(args) > 2 and args[2]) or kwargs.get("non_blocking", False)
             if isinstance(target, Pretended) == isinstance(source, Pretended):
                 return NotImplemented
             if isinstance(target, Pretended):
@@ -335,10 +352,10 @@ class PretendedCuda:
                 return value
             return known[id(value)] if id(value) in known else self._wrap(value, device)
 
-        return tree_map(wrap, found)
+        return _map(wrap, found)
 
     def _account(self, name: str, mine: list[Pretended], found: object, args: tuple) -> None:
-        results = [t for t in tree_flatten(found)[0] if isinstance(t, Pretended)]
+        results = list(_tensors(found))
         for tensor in results:
             self._written(tensor)
         if name in NO_KERNEL:
@@ -361,15 +378,39 @@ class PretendedCuda:
     def _refuse_race(self, tensor: Pretended, what: object) -> None:
         writer = tensor.memory.stream
         if writer not in (None, self.stream()) and writer.syncs == tensor.memory.syncs:
-            raise Race(f"{what} reads {list(tensor.shape)} before another stream has written it")
+            raise RaceError(f"{what} reads {list(tensor.shape)} before another stream has written it")
 
 
 def _is_number(value: object) -> bool:
+    """Whether a kernel gets it as an argument and not from the device's memory."""
     return not isinstance(value, torch.Tensor) or (value.dim() == 0 and not isinstance(value, Pretended))
 
 
 def _inner(values: object) -> object:
-    return tree_map(lambda t: t.inner if isinstance(t, Pretended) else t, values)
+    return _map(lambda t: t.inner if isinstance(t, Pretended) else t, values)
+
+
+def _map(function: Callable[[object], object], values: object) -> object:
+    """Arguments or results of an operation, with a function applied to what lists in them hold."""
+    if isinstance(values, (tuple, list)):
+        return [_map(function, v) for v in values]
+    if isinstance(values, dict):
+        return {k: _map(function, v) for k, v in values.items()}
+    return function(values)
+
+
+def _tensors(values: object) -> Iterator[torch.Tensor]:
+    if isinstance(values, torch.Tensor):
+        yield values
+    elif isinstance(values, (tuple, list, dict)):
+        for value in values.values() if isinstance(values, dict) else values:
+            yield from _tensors(value)
+
+
+@cache
+def _is_composite(func) -> bool:
+    """Whether an operation is made of others."""
+    return func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
 
 
 class _Calls(TorchFunctionMode):
@@ -457,6 +498,10 @@ def _device_of(func, args: tuple, kwargs: dict) -> tuple[torch.device | None, tu
 class _Operations(TorchDispatchMode):
     """Takes the operations that say by their device only that they are meant."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # or torch would import its compiler for each test run
+
     def __init__(self, cuda: PretendedCuda) -> None:
         super().__init__()
         self.cuda = cuda
@@ -465,6 +510,6 @@ class _Operations(TorchDispatchMode):
         kwargs = kwargs or {}
         named = kwargs.get("device")
         on_cuda = named is not None and torch.device(named).type == "cuda"
-        if on_cuda or any(isinstance(t, Pretended) for t in tree_flatten((args, kwargs))[0]):
+        if on_cuda or any(isinstance(t, Pretended) for t in _tensors((args, kwargs))):
             return self.cuda.run(func, args, kwargs)
         return func(*args, **kwargs)

@@ -25,8 +25,9 @@ from fp8lib.verification.pairing import Extent, Pair
 
 PIECE = 512 * 1024
 """Weights that are measured at a time; the same everywhere, because sums of floats depend on it."""
-AT_A_TIME = {"cpu": PIECE, "cuda": 16 * PIECE}
-"""Weights that are read at a time, and copied to the device. On a CPU they stay in a core's cache."""
+AT_A_TIME = {"cpu": PIECE, "cuda": 15 * PIECE}
+"""Weights that are read at a time, and copied to the device. On a CPU they stay in a core's cache; pinned
+buffers come in powers of two, which 16 pieces and the pages around them would just exceed."""
 _PAIRS_AT_A_TIME = 64
 """Matrices whose scales one task looks at."""
 
