@@ -52,7 +52,8 @@ def nothing(matrix, rows, first):
 nothing.stacked = lambda parts, rows: nothing(parts[0][0], rows, 0)
 source, output, checksums = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "True"
 output.mkdir()
-settings = Settings(nothing, torch.device("cpu"), 4, checksums, CUDA_PIECE, CUDA_PIECE, 16, 4 if checksums else 1)
+at_once = 4 if checksums else 1
+settings = Settings(nothing, torch.device("cpu"), 4, checksums, CUDA_PIECE, CUDA_PIECE, 16, at_once)
 for _ in process(divide(list(make_plan(open_checkpoint(source)).shards), 1, True), output, settings):
     pass
 """

@@ -112,7 +112,7 @@ def test_every_mode_gives_the_bytes_of_the_cpu(calibration: Calibration):
     for dtype, statistics in product(DTYPES, STATISTICS.values()):
         w, a = weights.to(dtype), statistics(520)
         codes, scales = quantize_blocks(w, calibration, a)
-        with PretendedCuda(seed=hash(str(dtype)) % 1000):
+        with PretendedCuda(seed=3):
             found = quantize_blocks(w.to("cuda:0"), calibration, None if a is None else a.to("cuda:0"))
             found = [t.cpu() for t in found]
         assert torch.equal(found[1], scales)
