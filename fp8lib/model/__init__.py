@@ -3,7 +3,6 @@
 prompts      the built-in set (prompts.jsonl) or a user's file, as batches of tokens
 whole_model  the model in memory, generating
 layerwise    one decoder layer in memory at a time
-internals    the few places where transformers has no public way in
 memory       how much there is
 progress     prompts and tokens per second
 
