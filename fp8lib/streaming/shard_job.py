@@ -11,11 +11,12 @@ import torch
 
 from fp8lib import Fp8Error
 from fp8lib.checkpoint.headers import Shard
-from fp8lib.checkpoint.layout import Matrix, Passthrough
+from fp8lib.checkpoint.layout import Matrix, Passthrough, Rewritten
 from fp8lib.checkpoint.untrusted import printable
 from fp8lib.numerics.blocks import BLOCK, blocks
 from fp8lib.streaming.convert import Conversion
 from fp8lib.streaming.lanes import DTYPES, Files, Lane, ReadAhead, as_bytes
+from fp8lib.streaming.rewrite import Merge, rewrite
 from fp8lib.streaming.units import Unit, pieces
 from fp8lib.streaming.writer import ShardWriter
 
@@ -41,6 +42,7 @@ class Settings:
 
     Attributes:
         convert: what becomes of the rows of a weight.
+        merge: what adapters make of rows before that; None without adapters.
         device: where kernels run.
         workers: worker threads; each has one more that writes and one that reads ahead.
         checksums: compute the SHA-256 of every shard from the bytes as they are written.
@@ -52,6 +54,7 @@ class Settings:
     workers: int
     checksums: bool = False
     piece: int = 0
+    merge: Merge | None = None
 
     @property
     def piece_weights(self) -> int:
@@ -126,7 +129,8 @@ class ShardJob:
             on_bytes(self.name, count)
 
         for piece in pieces(self.unit, self.settings.piece_weights):
-            function = self._copy if isinstance(piece[0], Passthrough) else self._quantize
+            steps = {Passthrough: self._copy, Rewritten: self._rewrite}
+            function = steps.get(type(piece[0]), self._quantize)
             yield (lambda lane, f=function, p=piece: f(lane, *p)), settle
 
     def _write(self, *chunks: tuple[int, memoryview]) -> list[tuple[int, bytes]]:
@@ -141,6 +145,8 @@ class ShardJob:
         start = matrix.start + first * matrix.input_row_bytes
         raw = lane.read("in", self.files, self.source.path, start, nbytes)
         host = raw.view(DTYPES[matrix.dtype]).view(last - first, matrix.columns)
+        if self.settings.merge is not None:
+            self.settings.merge(matrix.weight.name, host, first)
         codes, scales = self.settings.convert(matrix, lane.to_device(host), first)
         output = lane.next_output()
         codes = lane.to_host(f"codes {output}", codes)
@@ -161,8 +167,17 @@ class ShardJob:
         raw = lane.read(buffer, self.files, path, item.start + first, last - first)
         return last - first, lane.write_behind(self._write, (item.output.start + first, as_bytes(raw)))
 
+    def _rewrite(self, lane: Lane, item: Rewritten, first: int, last: int) -> tuple[int, Future]:
+        """Rows first..last of a matrix that is computed, but not FP8. Returns as `_quantize`."""
+        output = lane.next_output()
+        rows, sound = rewrite(lane, self.files, item, first, last, self.settings.merge, f"rows {output}")
+        if not sound:
+            self.broken.add(item.name)
+        nbytes = (last - first) * item.input_row_bytes
+        return nbytes, lane.write_behind(self._write, (item.start + first * item.row_bytes, as_bytes(rows)))
+
     def refuse_broken(self) -> None:
-        """Refuse an input weight with NaN or infinity in it.
+        """Refuse an input weight with NaN or infinity in it, whether a shard's or an adapter's.
 
         Raises:
             Fp8Error: names the weights.
@@ -170,7 +185,8 @@ class ShardJob:
         if self.broken:
             names = sorted(map(printable, self.broken))
             shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if names[10:] else "")
-            raise Fp8Error(f"{self.name}: NaN or infinity in {shown}; repair the input model")
+            broken = "the input model" if self.settings.merge is None else "the input model or the adapter"
+            raise Fp8Error(f"{self.name}: NaN or infinity in {shown}; repair {broken}")
 
     def refuse_changed(self) -> None:
         """Refuse an input file that is not the one that was planned for, or was written to meanwhile.
@@ -178,8 +194,9 @@ class ShardJob:
         Raises:
             Fp8Error: names the file.
         """
-        if self.source is not None:
-            self.files.refuse_changed(self.source)
+        sources = self.unit.plan.sources if self.unit else (self.source,) if self.source else ()
+        for source in sources:
+            self.files.refuse_changed(source)
 
     def make_durable(self, is_last_part: Callable[[Unit], bool]) -> bool:
         """Give the output its name, if this was its last part. Runs in the committing thread."""

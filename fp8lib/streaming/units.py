@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fp8lib.checkpoint.layout import PAGE, Matrix, Passthrough, ShardPlan
+from fp8lib.checkpoint.layout import PAGE, Matrix, Passthrough, Rewritten, ShardPlan
 from fp8lib.numerics.blocks import BLOCK
 
 _COPY_PIECE = 4 * 1024 * 1024
@@ -43,7 +43,7 @@ def divide(shards: list[ShardPlan], ranks: int, whole: bool) -> list[Unit]:
     return units
 
 
-def pieces(unit: Unit, weights: int) -> list[tuple[Matrix | Passthrough, int, int]]:
+def pieces(unit: Unit, weights: int) -> list[tuple[Matrix | Passthrough | Rewritten, int, int]]:
     """A unit's share of its shard's pieces, in the order of the output file.
 
     Returns:
@@ -51,14 +51,17 @@ def pieces(unit: Unit, weights: int) -> list[tuple[Matrix | Passthrough, int, in
     """
     plan = unit.plan
     found: list = [(item, *span) for item in plan.passthrough for span in _byte_ranges(item)]
-    found += [(m, *span) for m in plan.matrices for span in row_ranges(m.rows, m.columns, weights)]
+    matrices = (*plan.matrices, *plan.rewritten)
+    found += [(m, *span) for m in matrices for span in row_ranges(m.rows, m.columns, weights)]
     found.sort(key=lambda piece: _output_start(*piece[:2]))
     return found[len(found) * unit.part // unit.parts : len(found) * (unit.part + 1) // unit.parts]
 
 
-def _output_start(item: Matrix | Passthrough, first: int) -> int:
+def _output_start(item: Matrix | Passthrough | Rewritten, first: int) -> int:
     if isinstance(item, Passthrough):
         return item.output.start + first
+    if isinstance(item, Rewritten):
+        return item.start + first * item.row_bytes
     return item.weight.start + first * item.columns
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from fp8lib.checkpoint.headers import ITEM_SIZE
+from fp8lib.checkpoint.layout import Extent
 from fp8lib.checkpoint.untrusted import printable
 from fp8lib.numerics.blocks import BLOCK, blocks
 from fp8lib.numerics.e4m3 import DTYPE
@@ -18,7 +19,7 @@ from fp8lib.streaming.shard_job import Task
 from fp8lib.streaming.units import row_ranges
 from fp8lib.verification.health import Measurement
 from fp8lib.verification.measure import Errors, combine, measure
-from fp8lib.verification.pairing import Extent, Pair
+from fp8lib.verification.pairing import Pair
 
 PIECE = 512 * 1024
 """Weights that are measured at a time; the same everywhere, because sums of floats depend on it."""
