@@ -2,7 +2,9 @@
 """Turn a BF16 Qwen3.5/3.6 checkpoint into a block-wise FP8 one that vLLM and SGLang serve."""
 
 import argparse
+from collections.abc import Iterator
 
+from fp8lib.checkpoint.dequantize_plan import EXPERT_LAYOUTS
 from fp8lib.command_line import Command, Parser, path, positive
 from fp8lib.numerics.modes import MODES, PHASES, Calibration
 
@@ -13,6 +15,8 @@ MODE_FLAGS = (
     ("mse", "--mse_grid_size"),
 )
 """Flags that only one mode looks at."""
+QUANTIZING_FLAGS = ("--activation_stats", "--verify_samples", "--seed")
+"""Other flags that mean nothing to --dequantize, which chooses no scales and verifies all that it writes."""
 
 
 def make_parser() -> Parser:
@@ -31,6 +35,18 @@ def make_parser() -> Parser:
     )
 
     group.add_argument("--checksums", action="store_true", help="also write SHA256SUMS, for sha256sum -c")
+    group.add_argument(
+        "--lora_dir", type=path, action="append", default=[], metavar="ADAPTER",
+        help="merge this PEFT adapter into the weights before they are quantized; several in their order",
+    )  # fmt: skip
+    group.add_argument(
+        "--dequantize", action="store_true",
+        help="the other way round: turn a block-FP8 --input_dir back into BF16",
+    )  # fmt: skip
+    group.add_argument(
+        "--expert_layout", choices=EXPERT_LAYOUTS, default="fused",
+        help="--dequantize: one tensor for the experts of a layer, or one per expert (%(default)s)",
+    )  # fmt: skip
 
     group = parser.add_argument_group("calibration")
     group.add_argument(
@@ -93,11 +109,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("argument --verify_only: not allowed with argument --skip_verify")
     if flags.dry_run and flags.verify_only:
         parser.error("argument --verify_only: not allowed with argument --dry_run")
-    flags.notes = tuple(
-        f"{flag} has no effect with --calib_mode {flags.calib_mode}"
-        for mode, flag in MODE_FLAGS
-        if mode != flags.calib_mode and getattr(flags, flag[2:]) != parser.get_default(flag[2:])
-    )
+    if flags.dequantize and flags.lora_dir:
+        parser.error(
+            "argument --lora_dir: not allowed with argument --dequantize; first the one, then the other"
+        )
+    flags.notes = tuple(_notes(flags, parser))
     flags.calibration = Calibration(
         mode=flags.calib_mode,
         rms_factor=flags.rms_factor,
@@ -106,6 +122,22 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         mse_grid_size=flags.mse_grid_size,
     )
     return flags
+
+
+def _notes(flags: argparse.Namespace, parser: Parser) -> Iterator[str]:
+    """What to say about flags that were given and have no effect."""
+
+    def given(*names: str) -> list[str]:
+        return [name for name in names if getattr(flags, name[2:]) != parser.get_default(name[2:])]
+
+    if flags.dequantize:
+        for flag in given("--calib_mode", *(flag for _, flag in MODE_FLAGS), *QUANTIZING_FLAGS):
+            yield f"{flag} has no effect with --dequantize"
+        return
+    for flag in given("--expert_layout"):
+        yield f"{flag} has no effect without --dequantize"
+    for flag in given(*(flag for mode, flag in MODE_FLAGS if mode != flags.calib_mode)):
+        yield f"{flag} has no effect with --calib_mode {flags.calib_mode}"
 
 
 def _samples(text: str) -> int | None:

@@ -8,9 +8,9 @@ PEFT names its tensors after the modules of the transformers class that was trai
     base_model.model.<…>.mlp.experts.base_layer.lora_A.weight           of the other, where both are trained
     base_model.model.<tensor>                          what replaces a tensor: modules_to_save, trained biases
 
-A text model's `model.layers.0` may be the checkpoint's `model.language_model.layers.0`, and the other way
-round: transformers loads either with either class. And experts may be fused in one of adapter and checkpoint
-and single in the other. Which of the two fused parameters is meant, the shapes tell: [2 I, H] is gate_up_proj,
+The `model.layers.0` of a text model may be the checkpoint's `model.language_model.layers.0`, or the other way
+round: transformers loads either with either class. Experts may be fused in one of adapter and checkpoint and
+single in the other. Which of the two fused parameters is meant, the shapes tell: [2 I, H] is gate_up_proj,
 [H, I] is down_proj.
 """
 
@@ -83,7 +83,9 @@ class Targets:
         for name, change in found:
             if name in changes:
                 tensor = change.tensor if isinstance(change, Replacement) else change.a
-                raise _bad(adapter, tensor, f"changes {printable(name)} a second time; save the adapter again")
+                raise _bad(
+                    adapter, tensor, f"changes {printable(name)} a second time; save the adapter again"
+                )
             changes[name] = (change,)
 
     def _model_name(self, adapter: AdapterFile, tensor: Tensor) -> str:
@@ -103,7 +105,9 @@ class Targets:
             raise _bad(adapter, tensor, "a kind of tensor that is not merged here; merge with PEFT first")
         return name
 
-    def _find(self, adapter: AdapterFile, tensor: Tensor, name: str) -> tuple[str, tuple[int, ...], str] | None:
+    def _find(
+        self, adapter: AdapterFile, tensor: Tensor, name: str
+    ) -> tuple[str, tuple[int, ...], str] | None:
         """(name, shape, dtype) of what an adapter calls `name`."""
         key = _without_prefix(name)
         if self._tied and key in ("embed_tokens.weight", "lm_head.weight"):
@@ -113,9 +117,7 @@ class Targets:
             )  # fmt: skip
         return self._exact.get(name) or self._loose.get(key)
 
-    def _replacements(
-        self, adapter: AdapterFile, tensor: Tensor, name: str
-    ) -> list[tuple[str, Replacement]]:
+    def _replacements(self, adapter: AdapterFile, tensor: Tensor, name: str) -> list[tuple[str, Replacement]]:
         """What a tensor that is no factor takes the place of."""
         name = name.replace(".base_layer.", ".")
         found, start = [], tensor.start
@@ -175,7 +177,7 @@ class Targets:
         part = {(2 * inner, hidden): "gate_up_proj", (hidden, inner): "down_proj"}.get(made)
         if part is None or a.shape[0] != b.shape[1] or a.shape[0] % count:
             raise _bad(
-                adapter, a, f"with lora_B makes {list(made)} of rank {a.shape[0]}, but {printable(module)} has "
+                adapter, a, f"with lora_B makes {list(made)} of rank {a.shape[0]}, but there are "
                 f"{count} experts of [{2 * inner}, {hidden}] and [{hidden}, {inner}]"
             )  # fmt: skip
         scaling = adapter.scaling(f"{module}.{part}", a.shape[0] // count)
@@ -191,7 +193,9 @@ class Targets:
 
     def _require_float(self, adapter: AdapterFile, tensor: Tensor, target: tuple) -> None:
         if target[2] not in ("BF16", "F16", "F32") or not math.prod(target[1]):
-            raise _bad(adapter, tensor, f"changes {printable(target[0])}, which is {target[2]} {list(target[1])}")
+            raise _bad(
+                adapter, tensor, f"changes {printable(target[0])}, which is {target[2]} {list(target[1])}"
+            )
 
 
 def _without_prefix(name: str) -> str:

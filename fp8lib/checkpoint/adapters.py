@@ -41,7 +41,7 @@ _UNSUPPORTED = {
 }
 """Settings whose adapters are not W + scaling * B @ A, and why."""
 _INITIAL = (None, True, False, "true", "false", "gaussian", "eva", "orthogonal")
-"""Values of `init_lora_weights` that leave the base weights alone; PiSSA, OLoRA and others move parts of them."""
+"""Values of `init_lora_weights` that leave the base weights alone. PiSSA, OLoRA and others change them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ class LowRank:
 
 @dataclass(frozen=True, slots=True)
 class Replacement:
-    """A matrix that an adapter replaces (`modules_to_save`, trained biases): its rows from `start` of a file."""
+    """A matrix that an adapter replaces (`modules_to_save`, trained biases): its rows from `start` on."""
 
     shard: Shard
     tensor: Tensor
@@ -211,7 +211,7 @@ def _check_config(path: Path, config: object) -> None:
     initial = config.get("init_lora_weights", True)
     if not (isinstance(initial, str | bool) or initial is None) or initial not in _INITIAL:
         raise Fp8Error(
-            f"{shown}: init_lora_weights {printable(initial)!r} has changed the base weights as well; convert "
+            f"{shown}: init_lora_weights {printable(initial)!r} has changed the base weights, too; convert "
             "the adapter with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
         )
     rank = config.get("r", 8)

@@ -3,8 +3,8 @@
 An output shard holds what its input shard held, a fused expert tensor as one matrix per expert and
 projection. It is laid out so that it can be written front to back while the input is read front to back,
 with every tensor aligned to its dtype: first what is kept, by element size, then the FP8 weights (whose
-rows are multiples of 128 bytes), then their scales, then what is kept of one-byte dtypes. Of a checkpoint that
-is turned back from FP8, the weights lie where FP8 weights would.
+rows are multiples of 128 bytes), then their scales, then what is kept of one-byte dtypes. Weights that are
+turned back from FP8 lie where FP8 weights would.
 """
 
 import json
@@ -162,8 +162,9 @@ def parts_of(tensor: Tensor) -> list[tuple[str, int, int]]:
 
     A tensor of one dimension is a row, one of more than two has the rows of its last.
     """
-    rows = math.prod(tensor.shape[:-1])
-    return matrices_of(tensor) or [(tensor.name, rows, tensor.shape[-1] if tensor.shape else 1)]
+    rows, columns = math.prod(tensor.shape[:-1]), tensor.shape[-1] if tensor.shape else 1
+    experts = matrices_of(tensor) if tensor.nbytes else []  # an empty tensor can claim any number of them
+    return experts or [(tensor.name, rows, columns)]
 
 
 def plan_shard(shard: Shard, kept_names: set[str]) -> ShardPlan:

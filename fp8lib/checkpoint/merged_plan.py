@@ -30,7 +30,7 @@ def _rewrite_kept(shard: ShardPlan, changed: Container[str]) -> ShardPlan:
 
 
 def in_place(source: Shard, start: int, output: Tensor) -> list[Rewritten]:
-    """The matrices of a tensor that has one dtype and shape in input and output, expert by expert if fused."""
+    """The matrices of a tensor that is the same in input and output but for its values."""
     found, offset = [], 0
     for name, rows, columns in parts_of(output):
         extent = Extent(source.path, output.dtype, start + offset)

@@ -17,7 +17,7 @@ from fp8lib.calibration.statistics_file import Statistics
 from fp8lib.checkpoint.directory import CONFIG, INDEX
 from fp8lib.checkpoint.plan import Plan, to_json
 from fp8lib.checkpoint.untrusted import printable
-from fp8lib.job import manifest, output_dir
+from fp8lib.job import dequantizing, manifest, output_dir
 from fp8lib.job.manifest import Manifest, ShardResult
 from fp8lib.job.ranks import Ranks
 from fp8lib.job.run import (
@@ -47,15 +47,15 @@ def quantize(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
     # Rank 0 refuses for all: the others say and do nothing before it has agreed.
     todo = None if ranks.is_main else Todo(**ranks.wait_for("todo"))
     plan, statistics, covered = plan_for(flags, talk)
-    settings = settings_for(flags, statistics, ranks)
+    settings = settings_for(flags, statistics, ranks, plan.adapters)
     terms = _terms(flags, plan, statistics)
     if todo is not None:
         _check_agreement(flags, terms, todo.terms, ranks)
-        work_for_main(flags, ranks, settings, _work(flags, plan, ranks, todo))
+        work_for_main(flags, ranks, settings, _work(flags, plan, settings, ranks, todo))
         return agree(ranks, None)
 
     mine = Manifest(
-        settings=_settings(flags, statistics),
+        settings=_settings(flags, plan, statistics),
         inputs={s.name: manifest.identity(s) for s in plan.checkpoint.shards},
         extra_files=[p.as_posix() for p in plan.checkpoint.extra_files],
     )
@@ -77,12 +77,14 @@ def quantize(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
                 results[result.name] = recorded
 
         ranks.publish("todo", asdict(todo))
-        work = _work(flags, plan, ranks, todo)
+        work = _work(flags, plan, settings, ranks, todo)
         total = sum(s.input_bytes for s in plan.shards if s.name in todo.quantize)
         work_and_gather(flags, ranks, settings, work, todo.count, total, record)
         journal.save()
         _finish(flags, plan, results)
     ordered = [results[s.name] for s in plan.shards]
+    if flags.dequantize:
+        return agree(ranks, dequantizing.summarize(flags, talk, plan, ordered))
     label, totals = str(flags.calibration), Totals.of(plan)
     return agree(ranks, summarize(flags, talk, flags.calibration, label, ordered, totals, covered))
 
@@ -133,18 +135,23 @@ class Todo:
         return len(self.quantize) + len(self.verify)
 
 
-def _settings(flags: Namespace, statistics: Statistics | None) -> dict:
+def _settings(flags: Namespace, plan: Plan, statistics: Statistics | None) -> dict:
     """The flags that decide bytes, as the manifest keeps them."""
-    return {
+    if flags.dequantize:
+        return {"dequantize": flags.expert_layout}
+    settings = {
         "calibration": str(flags.calibration),
         "activation_stats": statistics.sha256 if statistics else None,
     }
+    return settings | ({"adapters": list(plan.adapters.fingerprints)} if plan.adapters else {})
 
 
 def _verification(flags: Namespace) -> dict | None:
     """How shards are verified, as the manifest keeps it."""
     if flags.skip_verify:
         return None
+    if flags.dequantize:
+        return {"codes": "all"}
     samples = "all" if flags.verify_samples is None else flags.verify_samples
     return {"samples": samples, "seed": flags.seed}
 
@@ -152,7 +159,7 @@ def _verification(flags: Namespace) -> dict | None:
 def _terms(flags: Namespace, plan: Plan, statistics: Statistics | None) -> dict:
     """What all ranks must agree on: every machine has its own command line and its own view of the disk."""
     return {
-        **_settings(flags, statistics),
+        **_settings(flags, plan, statistics),
         "verification": _verification(flags),
         "checksums": flags.checksums,
         "input": {s.name: [s.size, s.header_sha256] for s in plan.checkpoint.shards},
@@ -161,8 +168,8 @@ def _terms(flags: Namespace, plan: Plan, statistics: Statistics | None) -> dict:
 
 def _check_agreement(flags: Namespace, mine: dict, theirs: dict, ranks: Ranks) -> None:
     """Refuse, on a rank other than 0, another input, other flags or another output directory."""
-    for key, value in mine.items():
-        if value != theirs[key]:
+    for key in mine | theirs:
+        if mine.get(key) != theirs.get(key):
             raise Fp8Error(
                 f"{printable(flags.input_dir)}: rank {ranks.rank} has other {key.replace('_', ' ')} "
                 "than rank 0; give all machines the same files and flags"
@@ -198,12 +205,12 @@ def _resume(
     return results, todo
 
 
-def _work(flags: Namespace, plan: Plan, ranks: Ranks, todo: Todo) -> list:
+def _work(flags: Namespace, plan: Plan, settings, ranks: Ranks, todo: Todo) -> list:
     """Everything there is to do, the same list on every rank."""
     from fp8lib.streaming.scheduler import ToCheck
     from fp8lib.streaming.units import divide
 
-    shards, check = {s.name: s for s in plan.shards}, planned_check(flags)
+    shards, check = {s.name: s for s in plan.shards}, planned_check(flags, settings)
     units = divide([shards[name] for name in todo.quantize], ranks.world, flags.checksums)
     for shard in (shards[name] for name in todo.verify):
         path = flags.output_dir / shard.name

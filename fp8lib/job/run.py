@@ -10,7 +10,10 @@ from dataclasses import replace
 
 from fp8lib import Fp8Error
 from fp8lib.calibration.statistics_file import Statistics
+from fp8lib.checkpoint.adapters import Adapters, open_adapters
+from fp8lib.checkpoint.dequantize_plan import make_dequantize_plan
 from fp8lib.checkpoint.directory import open_checkpoint
+from fp8lib.checkpoint.merged_plan import with_adapters
 from fp8lib.checkpoint.plan import Plan, make_plan
 from fp8lib.checkpoint.untrusted import printable
 from fp8lib.job import dry_run, manifest, output_dir
@@ -36,7 +39,7 @@ def run(flags: Namespace, talk: Talk) -> Zone:
     Raises:
         Fp8Error: refused or failed, on every rank. No config.json is left in the output directory.
     """
-    from fp8lib.job import quantizing, verifying
+    from fp8lib.job import dequantizing, quantizing, verifying
 
     ranks = Ranks()
     if not ranks.is_main:
@@ -45,7 +48,8 @@ def run(flags: Namespace, talk: Talk) -> Zone:
         talk.warn(text)
     try:
         if flags.verify_only:
-            verdict = verifying.verify_only(flags, talk, ranks)
+            verify = dequantizing.verify_only if flags.dequantize else verifying.verify_only
+            verdict = verify(flags, talk, ranks)
         elif flags.dry_run:
             verdict = _dry_run(flags, talk, ranks)
         else:
@@ -65,12 +69,17 @@ def plan_for(flags: Namespace, talk: Talk) -> tuple[Plan, Statistics | None, int
         Fp8Error: everything that headers and flags can refuse.
     """
     checkpoint = open_checkpoint(flags.input_dir)
-    plan = make_plan(checkpoint)
+    if flags.dequantize:
+        plan: Plan = make_dequantize_plan(checkpoint, flags.expert_layout)
+    else:
+        plan = make_plan(checkpoint)
+    if flags.lora_dir:
+        plan = with_adapters(plan, open_adapters(flags.lora_dir, checkpoint))
     for name in checkpoint.unused:
         talk.warn(f"{printable(name)} is not in the index and is left out")
     if flags.output_dir is not None:
         output_dir.check_location(flags.input_dir, flags.output_dir)
-    if flags.activation_stats is None:
+    if flags.activation_stats is None or flags.dequantize:
         return plan, None, None
     statistics = Statistics(flags.activation_stats)
     covered = statistics.check((m.weight.name, m.columns) for m in plan.matrices)
@@ -90,7 +99,7 @@ def plan_for(flags: Namespace, talk: Talk) -> tuple[Plan, Statistics | None, int
 def _dry_run(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
     if ranks.is_main:
         plan, _, _ = plan_for(flags, talk)
-        dry_run.print_plan(plan, talk.printer)
+        (dry_run.print_restoring if flags.dequantize else dry_run.print_plan)(plan, talk.printer)
     return agree(ranks, Zone.GOOD)
 
 
@@ -105,10 +114,13 @@ def agree(ranks: Ranks, verdict: Zone | None) -> Zone:
 # --- shared work -------------------------------------------------------------------------------
 
 
-def settings_for(flags: Namespace, statistics: Statistics | None, ranks: Ranks):
+def settings_for(
+    flags: Namespace, statistics: Statistics | None, ranks: Ranks, adapters: Adapters | None = None
+):
     """How this rank processes shards: `streaming.shard_job.Settings`."""
     from fp8lib.streaming import devices
     from fp8lib.streaming.convert import Nearest
+    from fp8lib.streaming.merging import AdapterMerge
     from fp8lib.streaming.shard_job import Settings
 
     device = devices.choose_device(flags.device, ranks.local_rank)
@@ -117,25 +129,32 @@ def settings_for(flags: Namespace, statistics: Statistics | None, ranks: Ranks):
         device=device,
         workers=flags.workers or devices.default_workers(device, ranks.local_world),
         checksums=flags.checksums,
+        merge=AdapterMerge(adapters) if adapters else None,
     )
 
 
-def shard_check(flags: Namespace, name: str, pairs: Sequence, problems: Sequence[str]):
+def shard_check(
+    flags: Namespace, name: str, pairs: Sequence, problems: Sequence[str], merge=None, merged: Sequence = ()
+):
     """The check of one shard that the flags ask for: `verification.shard_check.ShardCheck`."""
     from fp8lib.verification.shard_check import ShardCheck
 
-    return ShardCheck(name, tuple(pairs), list(problems), flags.verify_samples, flags.seed)
+    return ShardCheck(name, pairs, list(problems), flags.verify_samples, flags.seed, merge, merged)
 
 
-def planned_check(flags: Namespace) -> Callable | None:
+def planned_check(flags: Namespace, settings) -> Callable | None:
     """(plan, path) -> check of a shard that was written as planned; None if verification is skipped."""
     from fp8lib.verification.pairing import planned_pairs, structural_problems
+    from fp8lib.verification.restored import RestoredCheck, planned_restored
 
-    if flags.skip_verify:
-        return None
-    return lambda plan, path: shard_check(
-        flags, plan.name, planned_pairs(plan, path), structural_problems(plan, path)
-    )
+    def check(plan, path):
+        problems, rewritten = structural_problems(plan, path), planned_restored(plan, path)
+        if flags.dequantize:
+            return RestoredCheck(plan.name, rewritten, problems)
+        pairs = planned_pairs(plan, path)
+        return shard_check(flags, plan.name, pairs, problems, settings.merge, rewritten)
+
+    return None if flags.skip_verify else check
 
 
 def work_for_main(flags: Namespace, ranks: Ranks, settings, work: list) -> None:
@@ -202,7 +221,7 @@ def _process(flags: Namespace, ranks: Ranks, settings, work: list, on_bytes) -> 
         settings,
         on_bytes,
         lambda unit: ranks.count(f"parts of {unit.plan.name}") == unit.parts,
-        planned_check(flags),
+        planned_check(flags, settings),
     )
     with closing(shards):
         for done in shards:

@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from fp8lib import Fp8Error
+from fp8lib.checkpoint.adapters import open_adapters
 from fp8lib.checkpoint.directory import CONFIG, Checkpoint, open_checkpoint
 from fp8lib.checkpoint.untrusted import printable
 from fp8lib.job import manifest
@@ -29,21 +30,31 @@ def verify_only(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
     """
     from fp8lib.streaming.scheduler import ToCheck
     from fp8lib.verification.pairing import pair_directories
+    from fp8lib.verification.restored_pairing import pair_merged
 
-    original, quantized = open_checkpoint(flags.input_dir), _open_finished(flags.output_dir)
-    settings = settings_for(flags, None, ranks)
+    original, quantized = open_checkpoint(flags.input_dir), open_finished(flags.output_dir)
+    adapters = open_adapters(flags.lora_dir, original) if flags.lora_dir else None
+    settings = settings_for(flags, None, ranks, adapters)
     pairings = pair_directories(original, quantized)
     earlier = None
     with suppress(Fp8Error):  # another tool's, or damaged: nothing depends on it
         earlier = manifest.load(flags.output_dir)
     if earlier and not earlier.made_from(original.shards):
         talk.warn(f"by its {manifest.MANIFEST}, {printable(flags.output_dir)} was not made from this input")
+    if earlier and earlier.settings.get("adapters") != (adapters and list(adapters.fingerprints)):
+        talk.warn(
+            f"by its {manifest.MANIFEST}, {_adapters(earlier)}; give them with --lora_dir, and no others"
+        )
     if "quantization_config" not in quantized.config:
         problem = f"{CONFIG}: has no quantization_config, so no engine will read the weights as FP8"
         pairings[0][2].append(problem)
+
+    def check(shard, pairs, problems):
+        merged = pair_merged(original, shard, adapters.changes) if adapters else ()
+        return shard_check(flags, shard.name, pairs, problems, settings.merge, merged)
+
     work = [
-        ToCheck(shard.name, shard.size, shard_check(flags, shard.name, pairs, problems))
-        for shard, pairs, problems in pairings
+        ToCheck(shard.name, shard.size, check(shard, pairs, problems)) for shard, pairs, problems in pairings
     ]
     if not ranks.is_main:
         work_for_main(flags, ranks, settings, work)
@@ -61,11 +72,31 @@ def verify_only(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
     ordered = [results[item.name] for item in work]
     label = f"{printable(used or 'unknown')} (verify only)"
     return agree(
-        ranks, summarize(flags, talk, calibration, label, ordered, Totals(len(work), fp8, kept), None)
+        ranks,
+        summarize(
+            flags,
+            talk,
+            calibration,
+            label,
+            ordered,
+            Totals(len(work), fp8, kept, len(adapters.changes) if adapters else 0),
+            None,
+        ),
     )
 
 
-def _open_finished(folder: Path) -> Checkpoint:
+def _adapters(earlier: manifest.Manifest) -> str:
+    """What an earlier run merged, in words."""
+    found = earlier.settings.get("adapters")
+    return f"it was made with the adapters {printable(found)}" if found else "it was made without adapters"
+
+
+def open_finished(folder: Path) -> Checkpoint:
+    """Open an output directory.
+
+    Raises:
+        Fp8Error: the run that wrote it is not finished or failed, or it is no complete checkpoint.
+    """
     if os.path.lexists(folder / manifest.MANIFEST) and not os.path.lexists(folder / CONFIG):
         raise Fp8Error(
             f"{printable(folder / CONFIG)}: not there, as the run that wrote the rest is not finished "

@@ -1,18 +1,19 @@
 """Merging a low-rank adapter into rows of a weight: W' = W + scaling * B @ A.
 
-LoRA (https://arxiv.org/abs/2106.09685) trains A [r, in] and B [out, r] beside a frozen W [out, in]; scaling is
-alpha / r, or alpha / sqrt(r) in its rank-stabilized form (https://arxiv.org/abs/2312.03732).
+LoRA (https://arxiv.org/abs/2106.09685) trains A [r, in] and B [out, r] beside a frozen W [out, in];
+scaling is alpha / r, or alpha / sqrt(r) in its rank-stabilized form (https://arxiv.org/abs/2312.03732).
 
-The result is meant to equal, bit for bit, what PEFT's `merge_and_unload` gives on a CPU, and must not depend
-on how W is cut into rows. So the product is made as PEFT makes it, by the BLAS that torch calls, in float32,
-and the sum is rounded once to W's dtype. A BLAS promises no order of additions. Those that torch is built
-with add along r from first to last, whatever the number of rows, but take another way for a single row. So the
-product is always of the same 128 rows of B, and a last tile of one row is made as one of two. That gave PEFT's
-own bits for all shapes and ranks tried (`tests/test_lora_numerics.py`), save that for a weight of one row
-(`shared_expert_gate`) and ranks from 256 on PEFT's result itself changes with the number of threads.
+The result is meant to equal, bit for bit, what PEFT's `merge_and_unload` gives on a CPU, and must not
+depend on how W is cut into rows. So the product is made as PEFT makes it, by the BLAS that torch calls, in
+float32, and the sum is rounded once to W's dtype. A BLAS promises no order of additions. Those that torch
+is built with add along r from first to last, whatever the number of rows, but take another way for a
+single row. So the product is always of the same 128 rows of B, and a last tile of one row is made as one
+of two. That gave PEFT's own bits for all shapes and ranks tried (`tests/test_lora_numerics.py`), save that
+for a weight of one row (`shared_expert_gate`) and ranks from 256 on PEFT's result itself changes with the
+number of threads.
 
-What PEFT wraps as a parameter (`target_parameters`: experts, router) it treats otherwise: there the product is
-rounded to W's dtype before the sum is.
+What PEFT wraps as a parameter (`target_parameters`: experts, router) it treats otherwise: there the
+product is rounded to W's dtype before the sum is.
 """
 
 import torch
@@ -61,15 +62,13 @@ def merge_embedding_rows(
 
 
 def _at_least_two_rows(factor: torch.Tensor, begin: int, end: int) -> torch.Tensor:
-    """Rows begin..end; one row twice, unless it is all there is: the product of a single row rounds otherwise."""
+    """Rows begin..end; a single one twice, as its product would round otherwise, unless it is all there is."""
     if end - begin == 1 and len(factor) > 1:
         return factor[begin:end].expand(2, -1).contiguous()
     return factor[begin:end]
 
 
-def unstack_experts(
-    a: torch.Tensor, b: torch.Tensor, experts: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def unstack_experts(a: torch.Tensor, b: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Factors of all experts of a layer, which PEFT keeps as two matrices, expert by expert.
 
     Args:

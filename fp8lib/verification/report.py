@@ -15,15 +15,17 @@ LISTED = 10
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """Numbers of shards, FP8 weights and other tensors."""
+    """Numbers of shards, FP8 weights and other tensors, and of weights that adapters change."""
 
     shards: int
     fp8: int
     passthrough: int
+    merged: int = 0
 
     @classmethod
     def of(cls, plan: Plan) -> "Totals":
-        return cls(len(plan.shards), sum(len(s.matrices) for s in plan.shards), len(plan.kept))
+        merged = len(plan.adapters.changes) if plan.adapters else 0
+        return cls(len(plan.shards), sum(len(s.matrices) for s in plan.shards), len(plan.kept), merged)
 
 
 def print_summary(
@@ -53,6 +55,8 @@ def print_summary(
     printer.line(f"  Calibration         : {calibration}")
     if covered is not None:
         printer.line(f"  Activation stats    : {covered} of {totals.fp8} tensors")
+    if totals.merged:
+        printer.line(f"  Adapters merged     : into {totals.merged} weights")
     printer.line("-" * WIDTH)
     printer.line(f"  Shards processed    : {totals.shards}  ({failed} failed)")
     printer.line(f"  FP8 weight tensors  : {totals.fp8}")
@@ -67,7 +71,8 @@ def print_summary(
     printer.line(f"  Spot-checked        : {len(measurements)} of {totals.fp8}  ({marks})")
     if measurements:
         _print_metrics(printer, measurements)
-    _print_flagged(printer, health, problems)
+    print_problems(printer, problems)
+    _print_flagged(printer, health)
     printer.line("-" * WIDTH)
     printer.line(f"  VERDICT: {printer.mark(health.verdict, health.verdict.name)}")
     printer.wrapped(health.statement)
@@ -98,13 +103,17 @@ def _print_metrics(printer: Printer, measurements: Sequence[Measurement]) -> Non
         printer.line(f"  {label:<14}{value:<12.6f}{typical:<15}{mark}{hard}")
 
 
-def _print_flagged(printer: Printer, health: Health, problems: Sequence[str]) -> None:
+def print_problems(printer: Printer, problems: Sequence[str]) -> None:
+    """The first structural deviations, one line each."""
     if problems:
         printer.line("-" * WIDTH)
         for problem in problems[:LISTED]:
             printer.line(f"  {printer.mark(Zone.FAIL)} {problem}")
         if problems[LISTED:]:
             printer.line(f"  … and {len(problems) - LISTED} more")
+
+
+def _print_flagged(printer: Printer, health: Health) -> None:
     if health.flagged:
         printer.line("-" * WIDTH)
         printer.line("  Not GOOD, worst first         cosine    mean abs   max abs")

@@ -9,20 +9,18 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fp8lib.checkpoint.headers import ITEM_SIZE
-from fp8lib.checkpoint.layout import Extent
 from fp8lib.checkpoint.untrusted import printable
 from fp8lib.numerics.blocks import BLOCK, blocks
-from fp8lib.numerics.e4m3 import DTYPE
-from fp8lib.streaming.lanes import DTYPES, Files, Lane, ReadAhead
+from fp8lib.streaming.lanes import Files, Lane, ReadAhead
+from fp8lib.streaming.rewrite import Merge
 from fp8lib.streaming.shard_job import Task
 from fp8lib.streaming.units import row_ranges
 from fp8lib.verification.health import Measurement
 from fp8lib.verification.measure import Errors, combine, measure
 from fp8lib.verification.pairing import Pair
+from fp8lib.verification.reading import PIECE, read_rows
+from fp8lib.verification.restored import Restored, compare
 
-PIECE = 512 * 1024
-"""Weights that are measured at a time; the same everywhere, because sums of floats depend on it."""
 _PAIRS_AT_A_TIME = 64
 """Matrices whose scales one task looks at."""
 
@@ -37,6 +35,8 @@ class ShardCheck:
         problems: structural deviations, one line each; what is known before, and what the check adds.
         samples: matrices to measure; None for all.
         seed: of the random sample.
+        merge: what adapters make of the originals, or None.
+        merged: kept tensors that adapters change; a sample of them is compared, byte for byte.
         errors: error sums of each measured matrix, in the order of its rows.
     """
 
@@ -45,6 +45,8 @@ class ShardCheck:
     problems: list[str]
     samples: int | None
     seed: int
+    merge: Merge | None = None
+    merged: Sequence[Restored] = ()
     errors: dict[str, list[Errors]] = field(default_factory=dict)
 
     def tasks(self, files: Files, ahead: ReadAhead) -> Iterator[Task]:
@@ -57,8 +59,10 @@ class ShardCheck:
         for pair in sample(self.pairs, self.samples, self.seed, self.name):
             pieces = self.errors.setdefault(pair.name, [])
             for span in row_ranges(pair.rows, pair.columns, PIECE):
-                read = ahead.submit(_read_rows, files, pair, *span)
+                read = ahead.submit(_read_rows, files, pair, *span, self.merge)
                 yield (lambda lane, r=read: measure(*map(lane.to_device, r.result()))), pieces.append
+        merged = sample(self.merged, self.samples, self.seed, self.name)
+        yield from compare(merged, files, ahead, self.merge, self.problems)
 
     def measurements(self) -> tuple[Measurement, ...]:
         """What the sampled matrices lost."""
@@ -80,7 +84,7 @@ def _check_scales(lane: Lane, files: Files, pairs: Sequence[Pair]) -> list[str]:
     """What is wrong with the values of some pairs' scales, one line each."""
     problems = []
     for pair in pairs:
-        scales = _read(lane, files, "scales", pair.scale, blocks(pair.rows), blocks(pair.columns), 0)
+        scales = read_rows(lane, files, "scales", pair.scale, blocks(pair.rows), blocks(pair.columns), 0)
         if not bool((scales.isfinite() & (scales > 0)).all()):
             problems.append(
                 f"{printable(pair.name)}_scale_inv: holds values that are not finite and positive"
@@ -89,22 +93,13 @@ def _check_scales(lane: Lane, files: Files, pairs: Sequence[Pair]) -> list[str]:
 
 
 def _read_rows(
-    lane: Lane, files: Files, pair: Pair, first: int, last: int
+    lane: Lane, files: Files, pair: Pair, first: int, last: int, merge: Merge | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What `measure` takes of rows first..last of a pair, `first` a multiple of 128, in host memory."""
     rows, columns = last - first, pair.columns
-    weights = _read(lane, files, "in", pair.source, rows, columns, first)
-    codes = _read(lane, files, "codes", pair.weight, rows, columns, first)
-    scales = _read(lane, files, "scales", pair.scale, blocks(rows), blocks(columns), first // BLOCK)
+    weights = read_rows(lane, files, "in", pair.source, rows, columns, first)
+    if merge is not None:
+        merge(pair.name, weights, first)
+    codes = read_rows(lane, files, "codes", pair.weight, rows, columns, first)
+    scales = read_rows(lane, files, "scales", pair.scale, blocks(rows), blocks(columns), first // BLOCK)
     return weights, codes, scales
-
-
-def _read(
-    lane: Lane, files: Files, buffer: str, extent: Extent, rows: int, columns: int, first: int
-) -> torch.Tensor:
-    """Rows first..first+rows of an extent, [rows, columns] in host memory."""
-    row_bytes = columns * ITEM_SIZE[extent.dtype]
-    start, direct = extent.start + first * row_bytes, extent.dtype == "F8_E4M3"
-    raw = lane.read(buffer, files, extent.path, start, rows * row_bytes, direct)
-    dtype = DTYPE if extent.dtype == "F8_E4M3" else DTYPES[extent.dtype]
-    return raw.view(dtype).view(rows, columns)
