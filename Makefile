@@ -20,7 +20,7 @@ lint: $(VENV)/installed
 
 $(VENV)/installed: requirements.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -r requirements.txt pytest hypothesis ruff
+	$(BIN)/python -m pip install --quiet -c constraints.txt -r requirements.txt pytest hypothesis peft ruff
 	touch $@
 
 clean:

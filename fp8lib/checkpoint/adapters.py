@@ -53,7 +53,7 @@ class LowRank:
         a, b: factors in it, as PEFT shapes them: [r, in] and [out, r]; of a stack of experts
             [experts * r, in] and [out, r * experts]; of an embedding [r, tokens] and [width, r].
         scaling: alpha / r or alpha / sqrt(r).
-        kind: how PEFT wraps the weight; it rounds the product to the weight's dtype for `parameter`.
+        kind: how PEFT wraps the weight; unless `linear`, it rounds the product to the weight's dtype.
         experts, expert: number in the stack, and which this is of; 1 and 0 where there is none.
         first_row: of B @ A that is the matrix's first: up_proj is the second half of gate_up_proj.
     """
@@ -69,7 +69,7 @@ class LowRank:
 
     @property
     def rounded(self) -> bool:
-        return self.kind == "parameter"
+        return self.kind != "linear"
 
 
 @dataclass(frozen=True, slots=True)

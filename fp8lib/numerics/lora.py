@@ -12,8 +12,8 @@ of two. That gave PEFT's own bits for all shapes and ranks tried (`tests/test_lo
 for a weight of one row (`shared_expert_gate`) and ranks from 256 on PEFT's result itself changes with the
 number of threads.
 
-What PEFT wraps as a parameter (`target_parameters`: experts, router) it treats otherwise: there the
-product is rounded to W's dtype before the sum is.
+What PEFT wraps as a parameter (`target_parameters`: experts, router) and embeddings it treats otherwise:
+there the product is rounded to W's dtype before the sum is.
 """
 
 import torch
@@ -32,7 +32,7 @@ def merge_rows(
         a: float32 [r, in].
         b: float32 [out, r], for all rows of the matrix.
         scaling: of the product.
-        rounded: round the product to the dtype of the rows first, as PEFT does for `target_parameters`.
+        rounded: round the product to the dtype of the rows first, too.
     """
     for start in range(0, len(rows), BLOCK):
         tile = rows[start : start + BLOCK]
@@ -45,7 +45,7 @@ def merge_rows(
 def merge_embedding_rows(
     rows: torch.Tensor, first: int, a: torch.Tensor, b: torch.Tensor, scaling: float
 ) -> None:
-    """The same for an embedding, whose factors PEFT keeps the other way round.
+    """The same for an embedding, whose factors PEFT keeps the other way round; the product is rounded first.
 
     Args:
         rows: [n, width], rows of tokens, as `merge_rows`.
@@ -58,7 +58,7 @@ def merge_embedding_rows(
         tile = rows[start : start + BLOCK]
         begin = first + start
         product = b @ _at_least_two_rows(a.T, begin, begin + len(tile)).T
-        tile += (product[:, : len(tile)] * scaling).T
+        tile += (product[:, : len(tile)] * scaling).T.to(tile.dtype)
 
 
 def _at_least_two_rows(factor: torch.Tensor, begin: int, end: int) -> torch.Tensor:
