@@ -62,7 +62,7 @@ def merge_embedding_rows(
 
 
 def _at_least_two_rows(factor: torch.Tensor, begin: int, end: int) -> torch.Tensor:
-    """Rows begin..end; a single one twice, as its product would round otherwise, unless it is all there is."""
+    """Rows begin..end; a single one twice, unless it is all there is: its product would round otherwise."""
     if end - begin == 1 and len(factor) > 1:
         return factor[begin:end].expand(2, -1).contiguous()
     return factor[begin:end]

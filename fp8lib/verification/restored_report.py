@@ -49,7 +49,7 @@ def print_restored(
         printer.line("  NOT VERIFIED: --skip_verify was given.")
         printer.line("=" * WIDTH)
         return
-    printer.line(f"  Codes compared      : {totals.codes if not problems else 'see below'}")
+    printer.line(f"  Codes compared      : {totals.codes:,}")
     print_problems(printer, problems)
     verdict = Zone.FAIL if problems else Zone.GOOD
     printer.line("-" * WIDTH)
