@@ -7,6 +7,10 @@ rules      which tensor is quantized, which is kept and why, what engines fuse
 experts    whether a layer's experts fit together
 layout     every byte's place in an output shard
 plan       the whole output, decided from headers
+adapters   PEFT adapters, and what of them can be merged
+adapter_targets  which weights an adapter's tensors belong to
+merged_plan      a plan whose weights get adapters merged into them
+dequantize_plan  the output of turning an FP8 checkpoint back into BF16
 
 May import `numerics.blocks`, which is free of torch too.
 """

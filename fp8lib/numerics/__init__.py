@@ -5,6 +5,7 @@ e4m3    codes and scales: quantize, dequantize
 modes   the calibration modes and their parameters, without torch
 scales  blocks of weights in, one scale per block out
 mse     the search for the least squared error
+lora    adapters added to rows of a weight
 exact   operations that give the same bits everywhere
 
 Imports nothing of this project but `Fp8Error`.

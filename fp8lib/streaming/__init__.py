@@ -4,6 +4,8 @@ pipeline   `process`: shards in, shards out
 scheduler  hands pieces to threads, sees shards through their stages
 shard_job  one shard under way
 convert    what becomes of the rows of a weight
+rewrite    rows that are written in the input's precision: turned back from FP8, merged, moved
+merging    what adapters make of rows
 units      how the work is cut up
 lanes      what a worker thread works with: buffers, a stream, threads that read ahead and write behind
 writer     one output file: temporary name, fsync, rename

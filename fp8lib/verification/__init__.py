@@ -3,6 +3,9 @@
 pairing      FP8 weights and the originals they came from
 measure      error sums, and what they add up to
 shard_check  reads one shard back and measures a sample
+reading      rows read back from the disk
+restored     weights that were turned back or merged, compared with where they came from
+restored_pairing, restored_report   their pairs by name, their summary
 health       bands, verdict, recommendations
 report       the summary
 
