@@ -5,8 +5,9 @@ import argparse
 from collections.abc import Iterator
 
 from fp8lib.checkpoint.dequantize_plan import EXPERT_LAYOUTS
+from fp8lib.checkpoint.rules import ELIGIBILITIES, Selection
 from fp8lib.command_line import Command, Parser, path, positive
-from fp8lib.numerics.modes import MODES, PHASES, Calibration
+from fp8lib.numerics.modes import MODES, PHASES, SCALE_FORMATS, Calibration
 
 MODE_FLAGS = (
     ("rms", "--rms_factor"),
@@ -15,7 +16,10 @@ MODE_FLAGS = (
     ("mse", "--mse_grid_size"),
 )
 """Flags that only one mode looks at."""
-QUANTIZING_FLAGS = ("--activation_stats", "--verify_samples", "--seed")
+QUANTIZING_FLAGS = (
+    "--calib_mode", "--scale_format", "--activation_stats", "--eligibility", "--keep_bf16", "--quantize",
+    "--verify_samples", "--seed",
+)  # fmt: skip
 """Other flags that mean nothing to --dequantize, which chooses no scales and verifies all that it writes."""
 
 
@@ -53,6 +57,10 @@ def make_parser() -> Parser:
         "--calib_mode", choices=MODES, default="rms", help="how a block's scale is chosen (%(default)s)"
     )
     group.add_argument(
+        "--scale_format", choices=SCALE_FORMATS, default="ue8m0",
+        help="ue8m0: powers of two, which engines serve as they are; bf16: any BF16 number (%(default)s)",
+    )  # fmt: skip
+    group.add_argument(
         "--rms_factor", type=float, default=3.0, metavar="K",
         help="rms: scale = K * rms / 448, doubled until nothing saturates (%(default)s)",
     )  # fmt: skip
@@ -65,11 +73,28 @@ def make_parser() -> Parser:
     )  # fmt: skip
     group.add_argument(
         "--mse_grid_size", type=int, default=PHASES, metavar="N",
-        help="mse: scale phases tried per octave; %(default)s is every BF16 scale (%(default)s)",
+        help="mse with bf16 scales: phases tried per octave; %(default)s is every scale (%(default)s)",
     )  # fmt: skip
     group.add_argument(
         "--activation_stats", type=path, metavar="FILE",
         help="statistics from collect_activation_stats.py; rms and mse weight channels by them",
+    )  # fmt: skip
+
+    group = parser.add_argument_group("what is quantized")
+    group.add_argument(
+        "--eligibility", choices=ELIGIBILITIES, default="toolkit",
+        help="official also quantizes linear_attn.out_proj and shared experts, like Qwen's own FP8 releases "
+        "(%(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--keep_bf16", action="append", default=[], metavar="PATTERN",
+        help="keep modules whose name matches, such as '*.layers.0.mlp.*', whole fusion groups at a time; "
+        "wins over all else; repeatable",
+    )  # fmt: skip
+    group.add_argument(
+        "--quantize", action="append", default=[], metavar="PATTERN",
+        help="quantize modules of the official set whose name matches, whole fusion groups at a time; "
+        "repeatable",
     )  # fmt: skip
 
     group = parser.add_argument_group("hardware")
@@ -114,12 +139,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             "argument --lora_dir: not allowed with argument --dequantize; first the one, then the other"
         )
     flags.notes = tuple(_notes(flags, parser))
+    flags.selection = Selection(flags.eligibility, tuple(flags.keep_bf16), tuple(flags.quantize))
     flags.calibration = Calibration(
         mode=flags.calib_mode,
         rms_factor=flags.rms_factor,
         rms_saturate=flags.rms_saturate,
         percentile=flags.calib_percentile,
         mse_grid_size=flags.mse_grid_size,
+        scale_format=flags.scale_format,
     )
     return flags
 
@@ -131,13 +158,15 @@ def _notes(flags: argparse.Namespace, parser: Parser) -> Iterator[str]:
         return [name for name in names if getattr(flags, name[2:]) != parser.get_default(name[2:])]
 
     if flags.dequantize:
-        for flag in given("--calib_mode", *(flag for _, flag in MODE_FLAGS), *QUANTIZING_FLAGS):
+        for flag in given(*QUANTIZING_FLAGS, *(flag for _, flag in MODE_FLAGS)):
             yield f"{flag} has no effect with --dequantize"
         return
     for flag in given("--expert_layout"):
         yield f"{flag} has no effect without --dequantize"
     for flag in given(*(flag for mode, flag in MODE_FLAGS if mode != flags.calib_mode)):
         yield f"{flag} has no effect with --calib_mode {flags.calib_mode}"
+    if flags.calib_mode == "mse" and flags.scale_format == "ue8m0" and given("--mse_grid_size"):
+        yield "--mse_grid_size has no effect with --scale_format ue8m0"
 
 
 def _samples(text: str) -> int | None:

@@ -81,7 +81,7 @@ def natural(text: str) -> int:
 
 def positive(text: str) -> int:
     """A flag's value as a whole number from 1 on."""
-    if natural(text) == 0:
+    if text.startswith("-") or natural(text) == 0:
         raise argparse.ArgumentTypeError("must be 1 or more")
     return int(text)
 

@@ -6,19 +6,21 @@ import os
 import pty
 import re
 import struct
-import subprocess
-import sys
 import termios
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from conftest import SCRIPT, Result
+import forked
+from conftest import Result
 from fp8lib import Fp8Error, __version__
 from fp8lib.numerics.modes import MODES, Calibration
+from safetensors_by_hand import read_header
 from tiny_checkpoints import tensors
 
 ESCAPE = "\033["
@@ -211,8 +213,8 @@ def test_dry_run_writes_nothing_and_reads_headers_only(
     shard = source / "model.safetensors"
     expected = cli("--input_dir", source, "--dry_run").out
     size = shard.stat().st_size
-    header_length = 8 + int.from_bytes(shard.read_bytes()[:8], "little")
-    os.truncate(shard, header_length)
+    _, start_of_data = read_header(shard)
+    os.truncate(shard, start_of_data)
     os.truncate(shard, size)
     result = cli("--input_dir", source, "--output_dir", tmp_path / "out", "--dry_run")
     assert (result.rc, result.out) == (0, expected)
@@ -493,33 +495,25 @@ def in_terminal(*arguments: object, stdout: bool, stderr: bool, env: dict[str, s
     """Run with stdout, stderr or both on a pseudo-terminal."""
     master, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(
-        [sys.executable, SCRIPT, *map(str, arguments)],
-        stdout=terminal if stdout else pipe,
-        stderr=terminal if stderr else pipe,
-        env={k: v for k, v in os.environ.items() if k != "NO_COLOR"}
-        | {"PYTHONIOENCODING": "utf-8", "TERM": "xterm"}
-        | env,
+    name = os.ttyname(terminal)
+    wanted = {"out": stdout, "err": stderr}
+    started = forked.start(
+        *arguments,
+        streams={stream: name for stream, is_terminal in wanted.items() if is_terminal},
+        before="import os; os.environ.pop('NO_COLOR', None)" if "NO_COLOR" not in env else "",
+        env={"TERM": "xterm", **env},
     )
-    os.close(terminal)
     shown = b""
-    while True:
-        try:
-            part = os.read(master, 65536)
-        except OSError:  # EIO: the other end is closed
-            break
-        if not part:
-            break
-        shown += part
-    out, err = process.communicate(timeout=120)
+    with ThreadPoolExecutor(1) as waiting:
+        end = waiting.submit(started.wait)
+        end.add_done_callback(lambda _: os.close(terminal))
+        with suppress(OSError):  # EIO: the other end is closed
+            while part := os.read(master, 65536):
+                shown += part
+    ended = end.result()
     os.close(master)
     screen = shown.decode()
-    return Result(
-        process.returncode,
-        screen if stdout else out.decode(),
-        screen if stderr else err.decode(),
-    )
+    return Result(ended.rc, screen if stdout else ended.out, screen if stderr else ended.err)
 
 
 @pytest.mark.parametrize(
@@ -590,15 +584,16 @@ def test_quiet_does_not_silence_an_error(tmp_path: Path, cli: Callable) -> None:
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_marks_are_ascii_where_the_encoding_lacks_the_glyphs(
-    encoding: str, small: Path, tmp_path: Path, run: Callable
+    encoding: str, small: Path, tmp_path: Path
 ) -> None:
-    result = run("--input_dir", small, "--output_dir", tmp_path / "out", env={"PYTHONIOENCODING": encoding})
+    env = {"PYTHONIOENCODING": encoding}
+    result = forked.run("--input_dir", small, "--output_dir", tmp_path / "out", env=env)
     assert result.rc == 0, result.err
     assert result.out.isascii()
     assert "! WARN" in result.out
     assert ">= 0.9995" in result.out
     assert "\\u" not in result.out
-    plan = run("--input_dir", small, "--dry_run", env={"PYTHONIOENCODING": encoding})
+    plan = forked.run("--input_dir", small, "--dry_run", env=env)
     assert plan.rc == 0, plan.err
     assert plan.out.isascii()
     assert "\\u" not in plan.out

@@ -28,6 +28,7 @@ from fp8lib.streaming.shard_job import Settings
 from fp8lib.streaming.units import divide
 from fp8lib.verification.pairing import planned_pairs
 from fp8lib.verification.shard_check import ShardCheck
+from safetensors_by_hand import read_header
 from tiny_checkpoints import logits, mean_kl, tensors
 
 FP8 = torch.float8_e4m3fn
@@ -54,13 +55,6 @@ def modules(state: dict[str, torch.Tensor], *, fp8: bool) -> set[str]:
 def files(folder: Path) -> dict[str, bytes]:
     """Relative path -> bytes of every file."""
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def header(path: Path) -> tuple[int, dict]:
-    """(offset of the first tensor byte, JSON header) of a safetensors file, read by hand."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        return 8 + length, json.loads(file.read(length))
 
 
 # --- config.json -------------------------------------------------------------------------------
@@ -316,7 +310,7 @@ def test_tensors_are_aligned_to_their_dtype_and_leave_no_holes(
     kind: str, arguments: dict, checkpoint: Callable, quantized: Callable
 ) -> None:
     for path in quantized(checkpoint(kind, **arguments)).glob("*.safetensors"):
-        data_start, entries = header(path)
+        entries, data_start = read_header(path)
         assert data_start % 8 == 0  # as the safetensors library writes it
         entries.pop("__metadata__")
         end = 0
@@ -331,7 +325,7 @@ def test_tensors_are_aligned_to_their_dtype_and_leave_no_holes(
 def test_fp8_weights_begin_on_a_page(checkpoint: Callable, quantized: Callable) -> None:
     """So that whole rows of blocks are whole pages, which the writer sends to the disk directly."""
     for path in quantized(checkpoint("moe", shards=3)).glob("*.safetensors"):
-        data_start, entries = header(path)
+        entries, data_start = read_header(path)
         entries.pop("__metadata__")
         starts = [data_start + e["data_offsets"][0] for e in entries.values() if e["dtype"] == "F8_E4M3"]
         assert min(starts, default=0) % 4096 == 0
@@ -342,18 +336,18 @@ def test_direct_writes_make_the_same_files(
     checkpoint: Callable, cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple
 ) -> None:
     source = checkpoint("moe", shards=3, vocab_size=5001)  # an embedding that fills no whole pages
-    counts = {"direct": 0, "all": 0}
+    writes = []  # several threads write: `append` loses nothing, `+=` would
 
     def write_at(fd: int, offset: int, data: bytes | memoryview, path: Path) -> None:
-        counts["direct"] += len(data) * bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)
-        counts["all"] += len(data) * path.name.endswith(".safetensors")
+        if path.name.endswith(".safetensors"):
+            writes.append((len(data), bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)))
         plain_write_at(fd, offset, data, path)
 
     plain_write_at = writer.write_at
     monkeypatch.setattr(writer, "write_at", write_at)
     arguments = ["--input_dir", source, *flags, "--output_dir"]
     assert cli(*arguments, tmp_path / "direct").rc == 0
-    share = counts["direct"] / counts["all"]
+    share = sum(n for n, is_direct in writes if is_direct) / sum(n for n, _ in writes)
     with monkeypatch.context() as patch:
         patch.setattr(direct, "_FILE_SYSTEMS", set())
         assert cli(*arguments, tmp_path / "cached").rc == 0

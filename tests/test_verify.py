@@ -233,7 +233,10 @@ def test_sample_is_the_same_for_the_same_seed_and_shard_whatever_ran_before():
 
 def test_sample_is_the_same_in_another_process():
     # Python salts the hashes of strings anew in every process; the draw must not depend on them.
-    code = "from fp8lib.verify import sample; print(sample(range(50), 5, seed=0, shard='a.safetensors'))"
+    code = (
+        "from fp8lib.verification.shard_check import sample\n"
+        "print(sample(range(50), 5, seed=0, shard='a.safetensors'))"
+    )
     environment = {**os.environ, "PYTHONHASHSEED": "12345"}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True, check=True

@@ -23,6 +23,7 @@ from fp8lib.checkpoint.adapters import AdapterFile, Change, LowRank, Replacement
 from fp8lib.checkpoint.directory import Checkpoint
 from fp8lib.checkpoint.headers import ITEM_SIZE, Tensor
 from fp8lib.checkpoint.layout import parts_of
+from fp8lib.checkpoint.matching import has_tied_head
 from fp8lib.checkpoint.rules import expert_weight, fused_experts_part
 from fp8lib.checkpoint.untrusted import printable
 
@@ -45,11 +46,7 @@ class Targets:
         for target in self._exact.values():
             loose[_without_prefix(target[0])].append(target)
         self._loose = {key: found[0] for key, found in loose.items() if len(found) == 1}
-        config = checkpoint.config
-        text = config.get("text_config")
-        self._tied = bool(
-            config.get("tie_word_embeddings", isinstance(text, dict) and text.get("tie_word_embeddings"))
-        )
+        self._tied = has_tied_head(checkpoint.config)
 
     def changes_of(self, adapter: AdapterFile) -> dict[str, tuple[Change, ...]]:
         """What an adapter changes, by the name of the matrix or tensor.

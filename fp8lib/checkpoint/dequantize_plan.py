@@ -16,7 +16,7 @@ from fp8lib.checkpoint.experts import check_experts
 from fp8lib.checkpoint.headers import ITEM_SIZE, Shard, Tensor
 from fp8lib.checkpoint.layout import Draft, Extent, Passthrough, Rewritten, ShardPlan, lay_out, matrices_of
 from fp8lib.checkpoint.plan import Plan, check_output_names
-from fp8lib.checkpoint.rules import expert_weight, fused_experts_part, one_expert_part
+from fp8lib.checkpoint.rules import Selection, expert_weight, fused_experts_part, one_expert_part
 from fp8lib.checkpoint.untrusted import printable
 from fp8lib.numerics.blocks import BLOCK, blocks
 
@@ -97,7 +97,7 @@ def make_dequantize_plan(checkpoint: Checkpoint, expert_layout: str = "fused") -
         contents[shard_name].append(output)
     shards = tuple(_plan_shard(first_shard[name], found) for name, found in contents.items() if found)
     check_output_names(shards)
-    return DequantizePlan(checkpoint, shards, (), (), expert_layout=expert_layout)
+    return DequantizePlan(checkpoint, Selection(), shards, (), (), expert_layout=expert_layout)
 
 
 def _require_block_fp8(checkpoint: Checkpoint) -> None:

@@ -22,7 +22,7 @@ from fp8lib.calibration.statistics_file import SUFFIXES, looks_like_statistics
 from fp8lib.calibration.statistics_writer import StatisticsWriter
 from fp8lib.checkpoint.directory import Checkpoint, open_checkpoint
 from fp8lib.checkpoint.plan import Plan, make_plan
-from fp8lib.checkpoint.rules import without_prefix
+from fp8lib.checkpoint.rules import Selection, without_prefix
 from fp8lib.checkpoint.untrusted import printable
 from fp8lib.job.ranks import Ranks
 from fp8lib.model.prompts import (
@@ -152,7 +152,8 @@ def _refuse_early(flags: Namespace, ranks: Ranks) -> tuple[Plan, list[Prompt], "
     """Everything that needs no library but torch to be found wrong."""
     if ranks.world > 1 and not flags.layerwise:
         raise Fp8Error("under torchrun: add --layerwise; without it one process spreads the model itself")
-    plan = make_plan(open_checkpoint(flags.model_dir))
+    # The largest set, so that one file serves every choice of the quantizer.
+    plan = make_plan(open_checkpoint(flags.model_dir), Selection("official"))
     prompts = read_prompts(flags.prompts_file)
     require_tokenizer(plan.checkpoint.root)
     device = _device(flags, ranks)

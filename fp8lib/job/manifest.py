@@ -165,11 +165,14 @@ def from_record(name: str, record: dict, verification: dict | None) -> ShardResu
     try:
         if record["verification"] != verification:
             return None
-        measurements = tuple(
-            Measurement(str(m["name"]), *(float(m[k]) for k in ("cosine", "mean_abs", "max_abs", "amax")))
-            for m in record["measurements"]
-        )
+        measurements = tuple(map(_measurement, record["measurements"]))
         problems = tuple(map(printable, record["problems"]))
         return ShardResult(name, record["size"], record["sha256"], measurements, problems)
     except (KeyError, TypeError, ValueError, OverflowError):
         return None
+
+
+def _measurement(record: dict) -> Measurement:
+    """The measurement that `asdict` made this of."""
+    kinds = {field.name: field.type for field in fields(Measurement)}
+    return Measurement(**{name: kind(record[name]) for name, kind in kinds.items()})

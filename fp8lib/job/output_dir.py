@@ -92,7 +92,7 @@ def inspect(folder: Path, plan: Plan, mine: Manifest, overwrite: bool) -> State:
             raise Fp8Error(
                 f"{printable(folder / foreign[0])}: in the way, and not written by this tool; move it"
             )
-        # config.json and the index go first, so that it is no model; the manifest, which tells whose it is, last.
+        # config.json and the index go first: without them it is no model. The manifest goes last.
         order = sorted(written, key=lambda name: (name == MANIFEST) - (name in (CONFIG, INDEX)))
         remove = tuple(folder / name for name in order if _is_file(folder / name))
         return State(remove=remove, leftovers=leftovers)

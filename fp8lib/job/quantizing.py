@@ -86,7 +86,10 @@ def quantize(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
     if flags.dequantize:
         return agree(ranks, dequantizing.summarize(flags, talk, plan, ordered))
     label, totals = str(flags.calibration), Totals.of(plan)
-    return agree(ranks, summarize(flags, talk, flags.calibration, label, ordered, totals, covered))
+    verdict = summarize(
+        flags, talk, flags.calibration, label, ordered, totals, covered, plan.outputs(), plan.config()
+    )
+    return agree(ranks, verdict)
 
 
 class _Journal:
@@ -142,6 +145,7 @@ def _settings(flags: Namespace, plan: Plan, statistics: Statistics | None) -> di
     settings = {
         "calibration": str(flags.calibration),
         "activation_stats": statistics.sha256 if statistics else None,
+        **flags.selection.settings(),
     }
     return settings | ({"adapters": list(plan.adapters.fingerprints)} if plan.adapters else {})
 

@@ -4,7 +4,7 @@ Under torchrun every rank comes here. Rank 0 plans, refuses and reports for all.
 """
 
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 
@@ -13,6 +13,7 @@ from fp8lib.calibration.statistics_file import Statistics
 from fp8lib.checkpoint.adapters import Adapters, open_adapters
 from fp8lib.checkpoint.dequantize_plan import make_dequantize_plan
 from fp8lib.checkpoint.directory import open_checkpoint
+from fp8lib.checkpoint.headers import Tensor
 from fp8lib.checkpoint.merged_plan import with_adapters
 from fp8lib.checkpoint.plan import Plan, make_plan
 from fp8lib.checkpoint.untrusted import printable
@@ -24,6 +25,7 @@ from fp8lib.numerics.modes import Calibration
 from fp8lib.terminal import Talk
 from fp8lib.verification import report
 from fp8lib.verification.health import Zone, judge
+from fp8lib.verification.loading import print_loading
 
 
 def run(flags: Namespace, talk: Talk) -> Zone:
@@ -72,9 +74,11 @@ def plan_for(flags: Namespace, talk: Talk) -> tuple[Plan, Statistics | None, int
     if flags.dequantize:
         plan: Plan = make_dequantize_plan(checkpoint, flags.expert_layout)
     else:
-        plan = make_plan(checkpoint)
+        plan = make_plan(checkpoint, flags.selection)
     if flags.lora_dir:
         plan = with_adapters(plan, open_adapters(flags.lora_dir, checkpoint))
+    for note in plan.notes:
+        talk.warn(note)
     for name in checkpoint.unused:
         talk.warn(f"{printable(name)} is not in the index and is left out")
     if flags.output_dir is not None:
@@ -238,24 +242,43 @@ def summarize(
     results: list[ShardResult],
     totals: report.Totals,
     covered: int | None,
+    tensors: Iterable[Tensor],
+    config: dict,
 ) -> Zone:
     """Print the summary; returns the verdict.
 
     Args:
         flags: of the run.
         talk: where to.
-        calibration: how the scales were chosen, for advice.
+        calibration: how the scales were chosen, for advice and to know what engines make of them.
         label: what the summary calls it.
         results: of all shards.
         totals: numbers of tensors.
         covered: tensors with activation statistics, None without a file.
+        tensors: of the FP8 directory, from headers.
+        config: its config.json.
     """
     measurements = [m for r in results for m in r.measurements]
     problems = [p for r in results for p in r.problems]
     health = None
     if not flags.skip_verify:
         finished = flags.verify_only
-        health = judge(measurements, problems, calibration.mode, calibration.clips, finished)
+        health = judge(measurements, problems, calibration, finished)
     failed = sum(bool(r.problems) for r in results)
-    report.print_summary(talk.printer, totals, failed, label, measurements, problems, health, covered)
+
+    def loading() -> None:
+        print_loading(talk.printer, tensors, config)
+
+    report.print_summary(
+        talk.printer,
+        totals,
+        failed,
+        label,
+        measurements,
+        problems,
+        health,
+        covered,
+        calibration.powers_of_two,
+        loading,
+    )
     return health.verdict if health else Zone.GOOD

@@ -3,11 +3,13 @@
 import os
 from argparse import Namespace
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from fp8lib import Fp8Error
 from fp8lib.checkpoint.adapters import open_adapters
 from fp8lib.checkpoint.directory import CONFIG, Checkpoint, open_checkpoint
+from fp8lib.checkpoint.matching import mismatches
 from fp8lib.checkpoint.untrusted import printable
 from fp8lib.job import manifest
 from fp8lib.job.manifest import ShardResult
@@ -45,9 +47,10 @@ def verify_only(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
         talk.warn(
             f"by its {manifest.MANIFEST}, {_adapters(earlier)}; give them with --lora_dir, and no others"
         )
+    outputs = [tensor for shard in quantized.shards for tensor in shard.tensors]
+    unread = mismatches(outputs, quantized.config)
     if "quantization_config" not in quantized.config:
-        problem = f"{CONFIG}: has no quantization_config, so no engine will read the weights as FP8"
-        pairings[0][2].append(problem)
+        unread.append(f"{CONFIG}: has no quantization_config, so no engine will read the weights as FP8")
 
     def check(shard, pairs, problems):
         merged = pair_merged(original, shard, adapters.changes) if adapters else ()
@@ -64,25 +67,19 @@ def verify_only(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
         flags, ranks, settings, work, len(work), 0, lambda result: results.update({result.name: result})
     )
     used = earlier and earlier.settings.get("calibration")
-    calibration = flags.calibration
-    with suppress(Fp8Error):  # advice is for the mode that was used, if that is known
+    ordered = [results[item.name] for item in work]
+    # Advice is for the mode that was used, if that is known. What engines change are no powers of two.
+    changed = any(m.requantized for r in ordered for m in r.measurements)
+    calibration = replace(flags.calibration, scale_format="bf16" if changed else "ue8m0")
+    with suppress(Fp8Error):
         calibration = Calibration.parse(str(used))
     fp8 = sum(len(pairs) for _, pairs, _ in pairings)
     kept = sum(len(shard.tensors) for shard in quantized.shards) - 2 * fp8
-    ordered = [results[item.name] for item in work]
+    ordered[0] = replace(ordered[0], problems=(*unread, *ordered[0].problems))
     label = f"{printable(used or 'unknown')} (verify only)"
-    return agree(
-        ranks,
-        summarize(
-            flags,
-            talk,
-            calibration,
-            label,
-            ordered,
-            Totals(len(work), fp8, kept, len(adapters.changes) if adapters else 0),
-            None,
-        ),
-    )
+    totals = Totals(len(work), fp8, kept, len(adapters.changes) if adapters else 0)
+    verdict = summarize(flags, talk, calibration, label, ordered, totals, None, outputs, quantized.config)
+    return agree(ranks, verdict)
 
 
 def _adapters(earlier: manifest.Manifest) -> str:

@@ -4,9 +4,12 @@ blocks  the block's size
 e4m3    codes and scales: quantize, dequantize
 modes   the calibration modes and their parameters, without torch
 scales  blocks of weights in, one scale per block out
-mse     the search for the least squared error
+mse     the search for the least squared error among all BF16 scales
+powers  the same among powers of two
+served  what engines make of codes and scales that they requantize
 lora    adapters added to rows of a weight
 exact   operations that give the same bits everywhere
+tables  constants that all threads and streams share
 
 Imports nothing of this project but `Fp8Error`.
 """

@@ -7,6 +7,7 @@ reading      rows read back from the disk
 restored     weights that were turned back or merged, compared with where they came from
 restored_pairing, restored_report   their pairs by name, their summary
 health       bands, verdict, recommendations
+loading      what engines need to load it
 report       the summary
 
 May import streaming (to read files), checkpoint and numerics. Does not know how bytes were written.
