@@ -229,7 +229,7 @@ def _check_patterns(shown: str, key: str, patterns: object) -> None:
     if not isinstance(patterns, dict):
         raise Fp8Error(f"{shown}: {key} is not a map")
     for pattern in patterns:
-        slow = len(pattern) > _MAX_PATTERN or len(re.findall(r"[*+{]", pattern)) > 4
+        slow = len(pattern) > _MAX_PATTERN or len(re.findall(r"[*+{]", pattern)) > 3
         slow = slow or re.search(r"\)[*+{]", pattern)
         try:
             re.compile(pattern)
