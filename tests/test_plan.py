@@ -292,7 +292,7 @@ def test_whatever_the_headers_length_data_begins_aligned_and_fp8_on_a_page(
 def test_tensors_must_lie_side_by_side_from_the_first_byte_to_the_last(
     by: int, side: int, tensor: int, tmp_path: Path
 ) -> None:
-    path = write(tmp_path, {name: ("BF16", (4,)) for name in "abc"}) / "model.safetensors"
+    path = write(tmp_path, dict.fromkeys("abc", ("BF16", (4,)))) / "model.safetensors"
     raw = path.read_bytes()
     length = int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8 : 8 + length])
