@@ -40,15 +40,19 @@ OPERATIONS = ("mkdir", "open", "ftruncate", "pwrite", "fsync", "close", "rename"
 PATIENCE = 300
 """Seconds until a test takes for hanging what it waits for; on a quiet machine everything takes a few."""
 REPOSITORY = Path(__file__).resolve().parent.parent
-COMMANDS = {
-    "quantize_fp8": "import torch, torch.distributed",
-    "collect_activation_stats": """
+_TRANSFORMERS = """
 import torch, torch.distributed, transformers
 for name in ("Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM", "AutoModelForCausalLM", "AutoTokenizer"):
     getattr(transformers, name)
-""",
+"""
+COMMANDS = {
+    "quantize_fp8": "import torch, torch.distributed",
+    "quantize_fp8 with transformers": _TRANSFORMERS,
+    "collect_activation_stats": _TRANSFORMERS,
 }
-"""What a server imports before it forks runs of a command: libraries only, nothing of this project."""
+"""What a server imports before it forks runs of a command: libraries only, nothing of this project.
+
+The first word is the command's module."""
 
 
 @dataclass(frozen=True)
@@ -266,7 +270,7 @@ def _be(task: dict) -> None:
         if task["at"]:
             _watch(At(**task["at"]), folder / "operations")
         exec(task["before"], {})
-        rc = importlib.import_module(task["command"]).main(task["arguments"])
+        rc = importlib.import_module(task["command"].split()[0]).main(task["arguments"])
     except SystemExit as stop:
         rc = stop.code
     except BaseException:

@@ -107,14 +107,14 @@ def _fill_experts(parameter: torch.Tensor, name: str, state: dict[str, torch.Ten
 
 
 def _experts(module, serving, hidden, chosen, weights) -> torch.Tensor:
-    rows = []
-    for x, experts, shares in zip(hidden, chosen, weights, strict=True):
-        total = torch.zeros_like(x)
-        for expert, share in zip(experts.tolist(), shares, strict=True):
-            gate, up = (module.gate_up_proj[expert] @ serving(x)).chunk(2)
-            total += share * (module.down_proj[expert] @ serving(torch.nn.functional.silu(gate) * up))
-        rows.append(total)
-    return torch.stack(rows)
+    """Every expert on every token; who is not chosen counts for nothing."""
+    total = torch.zeros_like(hidden)
+    rounded = serving(hidden)
+    for expert, (gate_up, down) in enumerate(zip(module.gate_up_proj, module.down_proj, strict=True)):
+        gate, up = (rounded @ gate_up.T).chunk(2, -1)
+        share = (weights * (chosen == expert)).sum(-1, keepdim=True)
+        total += share * (serving(torch.nn.functional.silu(gate) * up) @ down.T)
+    return total
 
 
 @torch.no_grad()

@@ -1,24 +1,22 @@
 """`--compare_outputs` from the command line: what is printed, judged, written and refused."""
 
 import json
-import os
 import re
-import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 
-import quantize_fp8
+import forked
+import forked_ranks
+from forked_ranks import Rank
+from fp8lib.checkpoint.directory import open_checkpoint
 from fp8lib.outputs import layers
+from test_layerwise import write_sparse
 
-SCRIPT = Path(quantize_fp8.__file__).resolve()
+pytestmark = pytest.mark.xdist_group("comparing")  # one server of forks for all
 FEW = ("--verify_samples", 1)
 
 
@@ -67,7 +65,7 @@ def test_after_quantizing_and_with_verify_only_the_figures_are_the_same(model, p
 
 
 def test_two_directories_are_compared_in_pairs(model, prompts, quantized, cli):
-    one = quantized(model)
+    one = quantized(model, "--skip_verify")
     two = quantized(model, "--calib_mode", "percentile", "--calib_percentile", 90, "--skip_verify")
     shared = "--input_dir", model, "--verify_only", "--compare_outputs", "--prompts_file", prompts, *FEW
     result = cli(*shared, "--output_dir", one, "--against", two, "--activations", "bf16")
@@ -82,7 +80,7 @@ def test_two_directories_are_compared_in_pairs(model, prompts, quantized, cli):
 
 
 def test_nan_in_the_fp8_model_fails_and_its_layer_is_named(model, prompts, quantized, copy_of, cli):
-    spoilt = copy_of(quantized(model))
+    spoilt = copy_of(quantized(model, "--skip_verify"))
     spoil(spoilt, "layers.1.linear_attn.in_proj_a.weight", lambda t: torch.full_like(t, torch.nan))
     result = cli("--input_dir", model, "--output_dir", spoilt, "--verify_only", "--compare_outputs",
                  "--prompts_file", prompts, *FEW)  # fmt: skip
@@ -92,7 +90,7 @@ def test_nan_in_the_fp8_model_fails_and_its_layer_is_named(model, prompts, quant
 
 
 def test_a_much_worse_perplexity_is_a_warning(model, prompts, quantized, copy_of, cli):
-    spoilt = copy_of(quantized(model))
+    spoilt = copy_of(quantized(model, "--skip_verify"))
     spoil(spoilt, "lm_head.weight", lambda t: t * 30)  # certain of what it knows nothing about
     result = cli("--input_dir", model, "--output_dir", spoilt, "--verify_only", "--compare_outputs",
                  "--prompts_file", prompts, *FEW)  # fmt: skip
@@ -104,7 +102,7 @@ def test_a_much_worse_perplexity_is_a_warning(model, prompts, quantized, copy_of
 def test_a_broken_original_is_refused(model, prompts, quantized, copy_of, cli):
     spoilt = copy_of(model)
     spoil(spoilt, "layers.1.linear_attn.in_proj_a.weight", lambda t: torch.full_like(t, torch.nan))
-    result = cli("--input_dir", spoilt, "--output_dir", quantized(model), "--verify_only",
+    result = cli("--input_dir", spoilt, "--output_dir", quantized(model, "--skip_verify"), "--verify_only",
                  "--compare_outputs", "--prompts_file", prompts, *FEW)  # fmt: skip
     assert result.rc == 2
     assert "layers.1: NaN or infinite activations, so the original itself is broken" in result.err
@@ -139,7 +137,7 @@ def _other_model(folder: Path) -> None:
     ],
 )
 def test_a_directory_of_another_model_is_refused(model, prompts, quantized, copy_of, cli, change, complaint):
-    other = copy_of(quantized(model))
+    other = copy_of(quantized(model, "--skip_verify"))
     change(other)
     result = cli("--input_dir", model, "--output_dir", other, "--verify_only", "--compare_outputs",
                  "--prompts_file", prompts)  # fmt: skip
@@ -195,95 +193,75 @@ def test_without_the_flag_its_flags_are_said_to_have_no_effect(model, tmp_path, 
 # --- processes ---------------------------------------------------------------------------------
 
 
-def test_ranks_find_what_one_process_finds(model, prompts, quantized, tmp_path, cli):
+OPTIONS = {
+    "command": "quantize_fp8 with transformers",
+    "env": {"OMP_NUM_THREADS": "1"},
+    "before": "import torch; torch.set_num_threads(1)",
+}
+
+
+def test_ranks_find_what_one_process_finds(model, prompts, quantized, tmp_path):
     shared = [
-        "--input_dir", model, "--output_dir", quantized(model), "--verify_only", "--compare_outputs",
-        "--prompts_file", prompts, "--batch_size", 1, "--verify_samples", 1,
+        "--input_dir", model, "--output_dir", quantized(model, "--skip_verify"), "--verify_only",
+        "--compare_outputs", "--prompts_file", prompts, "--batch_size", 1, *FEW,
     ]  # fmt: skip
-    alone = cli(*shared, "--logits_out", tmp_path / "alone.safetensors")
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", SCRIPT,
-         *map(str, shared), "--logits_out", str(tmp_path / "ranks.safetensors")],
-        capture_output=True, encoding="utf-8", timeout=300, cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"},
+    alone = forked.run(*shared, "--logits_out", tmp_path / "alone.safetensors", **OPTIONS)
+    ranks = forked_ranks.run([Rank()] * 2, *shared, "--logits_out", tmp_path / "ranks.safetensors", **OPTIONS)
+    assert [alone.rc, *(rank.rc for rank in ranks)] == [0, 0, 0], alone.err + ranks[0].err
+    one, other = ((tmp_path / f"{name}.safetensors").read_bytes() for name in ("alone", "ranks"))
+    assert one == other, "with the same number of threads every bit is the same"
+    assert [rank.out.count("OUTPUTS COMPARED") for rank in ranks] == [1, 0]
+    assert ranks[0].out.partition("OUTPUTS")[2] == alone.out.partition("OUTPUTS")[2]
+
+
+def test_a_rank_with_other_prompts_is_refused(model, prompts, quantized, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("Something else.")
+    ranks = forked_ranks.run(
+        [Rank(), Rank(("--prompts_file", other))],
+        "--input_dir", model, "--output_dir", quantized(model, "--skip_verify"), "--verify_only",
+        "--compare_outputs", "--prompts_file", prompts, *FEW, **OPTIONS,
     )  # fmt: skip
-    assert done.returncode == alone.rc == 0, done.stderr
-    one, other = (load_file(tmp_path / f"{name}.safetensors") for name in ("alone", "ranks"))
-    assert one.keys() == other.keys()
-    for name, values in one.items():
-        # The number of threads may move a float32 sum by its last bit.
-        torch.testing.assert_close(other[name], values, rtol=1e-4, atol=1e-8, msg=name)
-    assert "OUTPUTS COMPARED" in done.stdout
-    assert done.stdout.count("OUTPUTS COMPARED") == 1
+    assert [rank.rc for rank in ranks] == [2, 2]
+    assert "rank 1 has another prompts than rank 0" in ranks[0].err
 
 
 def test_an_interrupted_comparison_leaves_no_file(model, quantized, prompts, tmp_path):
-    long = tmp_path / "long.jsonl"
-    long.write_text("\n".join(json.dumps({"text": "abc " * 400}) for _ in range(200)))
-    process = subprocess.Popen(
-        [sys.executable, SCRIPT, "--input_dir", model, "--output_dir", quantized(model), "--verify_only",
-         "--compare_outputs", "--prompts_file", long, "--logits_out", tmp_path / "x.safetensors",
-         "--verify_samples", "1"],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8",
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    for line in process.stderr:
-        if line.startswith("layer"):
-            break
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert "Traceback" not in err
-    assert [p.name for p in tmp_path.iterdir()] == ["long.jsonl"]
-
-
-def test_help_and_quantizing_load_no_transformers(model, tmp_path, run):
-    blocker = tmp_path / "transformers"
-    blocker.mkdir()
-    (blocker / "__init__.py").write_text("raise SystemExit('transformers was imported')")
-    env = {"PYTHONPATH": str(tmp_path)}
-    result = run("--input_dir", model, "--output_dir", tmp_path / "out", "--skip_verify", env=env)
-    assert result.rc == 0, result.err
-    shutil.rmtree(blocker)
-
-
-MEASURE = """
-import pathlib, sys
-sys.path[:0] = [{root!r}, {tests!r}]
-import torch, transformers
-from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
-from fp8lib.job import comparing, run
-import quantize_fp8
-status = pathlib.Path("/proc/self/status")
-field = lambda name: int(status.read_text().partition(name + ":")[2].split()[0]) * 1024
-before = field("VmRSS")
-code = quantize_fp8.main(sys.argv[1:])
-print("grew", field("VmHWM") - before, "code", code)
+    """Ctrl-C while the second of four layers runs."""
+    interrupt = """
+import os, signal, torch; torch.set_num_threads(1)
+from fp8lib.model.progress import Progress
+label = Progress.label
+def interrupting(self, text):
+    if text == "layer 2/4":
+        os.kill(os.getpid(), signal.SIGINT)
+    label(self, text)
+Progress.label = interrupting
 """
+    ended = forked.run(
+        "--input_dir", model, "--output_dir", quantized(model, "--skip_verify"), "--verify_only",
+        "--compare_outputs", "--prompts_file", prompts, "--logits_out", tmp_path / "x.safetensors", *FEW,
+        **{**OPTIONS, "before": interrupt},
+    )  # fmt: skip
+    assert ended.rc == 130, ended.err
+    assert "Traceback" not in ended.err
+    assert not list(tmp_path.iterdir())
 
 
 def test_memory_is_one_layer_hidden_states_and_a_slice_of_the_head(tmp_path):
-    """A model of 1.4 GB, whose largest layer is 60 MB: what it takes beside the libraries is a part of it."""
-    from test_layerwise import write_sparse
-
+    """What it takes beside the libraries, of a model several times as large."""
     path = tmp_path / "large"
     write_sparse(path, num_hidden_layers=24, num_experts=64, hidden_size=512)
-    config = transformers.AutoConfig.from_pretrained(path)
+    largest = max(layers.bytes_of_layers(open_checkpoint(path)).values())
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(json.dumps({"text": "abcdefgh" * 8}))
-    from fp8lib.checkpoint.directory import open_checkpoint
-
-    largest = max(layers.bytes_of_layers(open_checkpoint(path)).values())
     size = (path / "model.safetensors").stat().st_size
-    limit = 2 * largest + 300_000_000  # what is read and what it is made of; libraries, logits, the head
-    assert size > 3 * limit / 2, "the model must be larger than the limit"
-    program = MEASURE.format(root=str(SCRIPT.parent), tests=str(Path(__file__).parent))
-    done = subprocess.run(
-        [sys.executable, "-c", program, "--input_dir", path, "--output_dir", path.parent / "large",
-         "--verify_only", "--compare_outputs", "--prompts_file", prompts, "--quiet", "--verify_samples", "1"],
-        capture_output=True, encoding="utf-8", timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    limit = largest + 200_000_000  # what is read and what it is made of, logits, a slice of the head
+    assert size > 4 * limit, "the model must be several times larger than the limit"
+    # The original against itself: what is measured is the same, and zeros need no quantizing.
+    ended = forked.run(
+        "--input_dir", path, "--output_dir", path, "--verify_only", "--compare_outputs",
+        "--prompts_file", prompts, *FEW, **OPTIONS,
     )  # fmt: skip
-    assert "grew" in done.stdout, done.stderr
-    assert config.num_hidden_layers == 24
-    grew = int(done.stdout.rpartition("grew ")[2].split()[0])
-    assert grew < limit, f"{grew / 1e6:.0f} MB for {size / 1e6:.0f} MB, limit {limit / 1e6:.0f} MB"
+    assert "Mean    KLD         : 0.000000 ± n/a (one prompt)" in ended.out, ended.err
+    assert ended.grown < limit, f"{ended.grown / 1e6:.0f} MB of {size / 1e6:.0f}, limit {limit / 1e6:.0f}"
