@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -19,7 +20,9 @@ from safetensors.torch import save_file
 import forked
 from conftest import Result
 from fp8lib import Fp8Error, __version__
+from fp8lib.numerics.e4m3 import dequantize
 from fp8lib.numerics.modes import MODES, Calibration
+from fp8lib.numerics.served import requantize
 from safetensors_by_hand import read_header
 from tiny_checkpoints import tensors
 
@@ -228,7 +231,7 @@ def test_dry_run_writes_nothing_and_reads_headers_only(
 
 def fields(summary: str) -> dict[str, str]:
     """The `name : value` lines of a summary."""
-    return dict(re.findall(r"^  (\w[\w -]*?) *: (.+)$", summary, re.MULTILINE))
+    return dict(re.findall(r"^  (\w[\w ()-]*?) *: (.+)$", summary, re.MULTILINE))
 
 
 def spot_checked(summary: str) -> tuple[int, dict[str, int]]:
@@ -303,6 +306,36 @@ def test_summary_shows_the_errors_of_the_files_on_disk(
     for metric, value in expected.items():
         # 6 decimals are printed; the tool measures in float32, whose sums are right to 1e-6 of them.
         assert float(shown[metric]) == pytest.approx(value, abs=1.5e-6), metric
+
+
+def test_summary_shows_the_errors_as_served_where_engines_change_the_files(
+    checkpoint: Callable, tmp_path: Path, cli: Callable
+) -> None:
+    source, output = checkpoint("text", shards=2), tmp_path / "out"
+    flags = ("--scale_format", "bf16", "--verify_samples", "all")
+    result = cli("--input_dir", source, "--output_dir", output, *flags)
+    original, state = tensors(source), tensors(output)
+    found: dict[str, list] = {"relative error": [], "cosine sim": [], "worst MaxAE": []}
+    changed = 0
+    for name in (name for name, t in state.items() if t.dtype == FP8):
+        w, codes, scales = original[name].double(), state[name], state[f"{name}_scale_inv"]
+        pair = [dequantize(codes, scales), dequantize(*requantize(codes, scales))]
+        changed += int((pair[0] != pair[1]).sum())
+        errors = [restored.double() - w for restored in pair]
+        found["relative error"].append([(e.norm() / w.norm()).item() for e in errors])
+        found["cosine sim"].append(
+            [torch.cosine_similarity(w.flatten(), (w + e).flatten(), 0) for e in errors]
+        )
+        found["worst MaxAE"].append([e.abs().max().item() for e in errors])
+    assert fields(result.out)["As served (UE8M0)"] == f"{changed:,} of the checked weights change"
+    shown = dict(
+        re.findall(r"^    (relative error|cosine sim|worst MaxAE) +([\d. ]+)$", result.out, re.MULTILINE)
+    )
+    for label, values in found.items():
+        expected = np.max(values, axis=0) if label == "worst MaxAE" else np.mean(values, axis=0)
+        assert [float(v) for v in shown[label].split()] == pytest.approx(expected.tolist(), abs=1.5e-6)
+    assert "vLLM on Hopper" in result.out
+    assert "--scale_format ue8m0" in result.out
 
 
 @pytest.mark.parametrize(("samples", "per_shard"), [("1", 1), ("7", 7), ("all", None), ("999", None)])
@@ -477,7 +510,16 @@ def test_a_flag_that_the_mode_does_not_look_at_is_noted(
     result = cli("--input_dir", small, "--dry_run", *flags)
     assert result.rc == 0
     assert result.err == f"note: {noted[0]} has no effect with --calib_mode {noted[1]}\n"
-    assert cli("--input_dir", small, "--dry_run", "--quiet", *flags).err == ""
+
+
+def test_phases_are_noted_to_have_no_effect_on_powers_of_two(
+    checkpoint: Callable, tmp_path: Path, cli: Callable
+) -> None:
+    flags = ("--dry_run", "--calib_mode", "mse", "--mse_grid_size", 16)
+    result = cli("--input_dir", checkpoint("text"), *flags)
+    assert result.err == "note: --mse_grid_size has no effect with --scale_format ue8m0\n"
+    assert cli("--input_dir", checkpoint("text"), *flags, "--scale_format", "bf16").err == ""
+    assert cli("--input_dir", checkpoint("text"), "--quiet", *flags).err == ""
 
 
 LOUD = {
@@ -486,7 +528,8 @@ LOUD = {
     "far beyond": ("moe", {"std": 1e4}, ["--calib_mode", "max"]),
     "clipping": ("moe", {"std": 0.05}, ["--rms_saturate", "--rms_factor", "2"]),
     "percentile": ("moe", {"std": 0.05}, ["--calib_mode", "percentile", "--calib_percentile", "99"]),
-    "mse": ("dense", {"std": 1.0}, ["--calib_mode", "mse", "--mse_grid_size", "128"]),
+    "mse": ("dense", {"std": 1.0}, ["--calib_mode", "mse", "--scale_format", "bf16"]),
+    "weights that engines take for larger": ("text", {"std": 1e-6}, []),
     "kept experts": ("moe", {"moe_intermediate_size": 64}, ["--skip_verify"]),
 }
 

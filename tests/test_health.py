@@ -322,7 +322,8 @@ def test_clipping_all_that_mse_may_clip_is_not_called_damaged():
         found = combine(
             "w", [measure(weights.bfloat16(), *quantize_blocks(weights.bfloat16(), calibration, a))]
         )
-        assert found.cosine < 0.99
+        # No power of two clips by half here: the one below amax / 448 takes 2 to 1.75.
+        assert found.cosine < (0.99 if scale_format == "bf16" else 0.9995)
         assert "damaged" not in advice(found, mode="mse", scale_format=scale_format)
 
 

@@ -496,9 +496,9 @@ sys.addaudithook(_note_renames)
 
 def test_config_is_the_last_file_to_get_its_name(tmp_path: Path, checkpoint: Callable, cli: Callable) -> None:
     global _renamed
+    source = checkpoint("text", tokenizer=True, shards=3)
     _renamed = []
     try:
-        source = checkpoint("text", tokenizer=True, shards=3)
         assert cli("--input_dir", source, "--output_dir", tmp_path / "out").rc == 0
         order = _renamed
     finally:
@@ -573,12 +573,20 @@ def statistics_file(folder: Path, source: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("mode", MODES)
+CALIBRATIONS = [
+    *map(Calibration, MODES),
+    Calibration("rms", scale_format="bf16"),
+    Calibration("mse", scale_format="bf16"),
+]
+
+
+@pytest.mark.parametrize("calibration", CALIBRATIONS, ids=str)
 def test_neither_workers_nor_repetition_change_a_byte(
-    mode: str, tmp_path: Path, checkpoint: Callable, cli: Callable
+    calibration: Calibration, tmp_path: Path, checkpoint: Callable, cli: Callable
 ) -> None:
     source = checkpoint("moe", shards=3)
-    flags = ["--calib_mode", mode, "--activation_stats", statistics_file(tmp_path, source)]
+    flags = ["--calib_mode", calibration.mode, "--scale_format", calibration.scale_format]
+    flags += ["--activation_stats", statistics_file(tmp_path, source)]
     found = {}
     for run, workers in (("first", 1), ("again", 1), ("two", 2), ("five", 5)):
         folder = tmp_path / run
@@ -601,9 +609,9 @@ def test_the_same_command_again_changes_nothing_and_says_the_same(
     assert files(tmp_path / "out") == before
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("calibration", CALIBRATIONS, ids=str)
 def test_the_size_of_a_piece_changes_no_byte_and_no_measurement(
-    mode: str, tmp_path: Path, checkpoint: Callable
+    calibration: Calibration, tmp_path: Path, checkpoint: Callable
 ) -> None:
     source = checkpoint("text", hidden_size=448, intermediate_size=1024)  # down_proj: [448, 1024]
     plan = make_plan(open_checkpoint(source))
@@ -616,7 +624,7 @@ def test_the_size_of_a_piece_changes_no_byte_and_no_measurement(
     for piece in (0, 1, 256 * 1024 + 1, 2**40):  # default, one row of blocks, two of them, all at once
         folder = tmp_path / str(piece)
         folder.mkdir()
-        convert = Nearest(Calibration(mode), statistics.importance)
+        convert = Nearest(calibration, statistics.importance)
         settings = Settings(convert, torch.device("cpu"), 2, piece=piece)
         work = divide(list(plan.shards), 1, False)
         done = [each for each in process(work, folder, settings, check=check) if each.final]
@@ -627,12 +635,12 @@ def test_the_size_of_a_piece_changes_no_byte_and_no_measurement(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("calibration", CALIBRATIONS, ids=str)
 def test_cuda_writes_the_same_bytes_as_the_cpu(
-    mode: str, weighted: bool, tmp_path: Path, checkpoint: Callable, cli: Callable
+    calibration: Calibration, weighted: bool, tmp_path: Path, checkpoint: Callable, cli: Callable
 ) -> None:
     source = checkpoint("moe", shards=3)
-    flags = ["--calib_mode", mode]
+    flags = ["--calib_mode", calibration.mode, "--scale_format", calibration.scale_format]
     flags += ["--activation_stats", statistics_file(tmp_path, source)] if weighted else []
     found = []
     for device in ("cpu", "cuda"):

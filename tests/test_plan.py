@@ -286,6 +286,25 @@ def test_whatever_the_headers_length_data_begins_aligned_and_fp8_on_a_page(
     assert next(shard.outputs()).start % 8 == 0
 
 
+@pytest.mark.parametrize("tensor", range(3))
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("by", [-2, 2])
+def test_tensors_must_lie_side_by_side_from_the_first_byte_to_the_last(
+    by: int, side: int, tensor: int, tmp_path: Path
+) -> None:
+    path = write(tmp_path, dict.fromkeys("abc", ("BF16", (4,)))) / "model.safetensors"
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    entry = list(header.values())[tensor]
+    entry["data_offsets"][side] += by
+    entry["shape"] = [(entry["data_offsets"][1] - entry["data_offsets"][0]) // 2]  # true to the offsets
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
+    with pytest.raises(Fp8Error, match=r"overlaps|a hole|describes|valid"):
+        read_shard(path)
+
+
 # --- refused -----------------------------------------------------------------------------------
 
 

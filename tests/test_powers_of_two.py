@@ -1,14 +1,18 @@
 """Scales that are powers of two: which ones, that `mse` finds the best, that engines keep them."""
 
 import math
+import re
+import shutil
 from collections.abc import Callable
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 import e4m3_reference as reference
 import test_scales as others
@@ -68,7 +72,7 @@ def test_covering_power_is_the_smallest_that_covers(limit: float):
             edges.nextafter(torch.tensor(0.0)),
             edges.nextafter(torch.tensor(torch.inf)),
             torch.arange(128, 256) * 2.0**-20,
-            torch.tensor([0.0, 1e-45, 3.38e38]),
+            torch.tensor([0.0, 1e-45, min(3.38e38, limit * 2.0**127)]),  # above, no power covers
         ]
     )
     found = exact.covering_power(values, limit)
@@ -119,7 +123,7 @@ def test_modes_that_do_not_clip_restore_the_same_weights_but_for_subnormal_ones(
     ]
     scales = block_scales(weights, Calibration("rms"))[0]
     normal = weights.abs() >= 2.0**-5 * e4m3.expand_columns(scales, 256).repeat_interleave(128, 0)[:, 0]
-    assert normal.float().mean() > 0.95
+    assert normal.float().mean() > 0.8  # beside outliers of 10^3, 0.84 of them; else nearly all
     for other in restored[1:]:
         assert torch.equal(other[normal], restored[0][normal])
 
@@ -378,3 +382,58 @@ def test_powers_of_two_halve_the_squared_error_that_is_served(
     # Measured with 4 x 16 blocks: within 0.1 % in the file, 1 % as served, from seed to seed.
     assert np.mean([f for f, _ in found]) == pytest.approx(in_file, rel=2e-3)
     assert np.mean([s for _, s in found]) == pytest.approx(as_served, rel=2e-2)
+
+
+# --- whole directories -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        ("moe", {"shards": 2}),
+        ("moe_text", {"experts": "per_expert"}),
+        ("dense", {"dtype": torch.float16}),
+        ("text", {"dtype": torch.float32}),
+    ],
+    ids=str,
+)
+def test_every_layout_is_written_with_powers_of_two_and_says_that_it_is_served_as_written(
+    kind: str, arguments: dict, checkpoint: Callable, tmp_path: Path, cli: Callable
+):
+    folder = tmp_path / "out"
+    result = cli("--input_dir", checkpoint(kind, **arguments), "--output_dir", folder)
+    assert result.rc == 0, result.err
+    assert "As served (UE8M0)   : as written, in every weight that was checked" in result.out
+    scales = {
+        name: tensor
+        for shard in folder.glob("*.safetensors")
+        for name, tensor in load_file(shard).items()
+        if name.endswith("_scale_inv")
+    }
+    assert scales
+    for name, tensor in scales.items():
+        assert tensor.dtype == torch.bfloat16, name
+        assert not (tensor.view(torch.int16) & 0x7F).any(), name
+    # SGLang would round activations to powers of two for that key, transformers would cast the scales.
+    assert "scale_fmt" not in (folder / "config.json").read_text()
+
+
+def test_weights_that_engines_take_for_larger_are_shown_as_changed(
+    checkpoint: Callable, tmp_path: Path, cli: Callable
+):
+    source = checkpoint("text", std=1e-6)
+    result = cli("--input_dir", source, "--output_dir", tmp_path / "out")
+    assert " of the checked weights change" in result.out
+    assert f"for smaller than {served.SMALLEST_AMAX}" in " ".join(result.out.split())
+
+
+def test_a_directory_of_another_tool_is_told_what_is_served(
+    checkpoint: Callable, quantized: Callable, tmp_path: Path, cli: Callable
+):
+    source = checkpoint("moe", shards=2)
+    folder = shutil.copytree(quantized(source, "--scale_format", "bf16"), tmp_path / "other")
+    (folder / "fp8_quantization.json").unlink()
+    result = cli("--input_dir", source, "--output_dir", folder, "--verify_only")
+    assert result.rc == 0
+    assert re.search(r"relative error +0\.026\d* +0\.0[34]", result.out)
+    assert "With --scale_format ue8m0 that changes nothing" in " ".join(result.out.split())

@@ -461,7 +461,8 @@ def test_verification_of_a_finished_shard_that_has_rotted_fails_and_takes_config
         (("--rms_factor", 3.0000001), "3.0000001"),
         (("--rms_saturate",), "saturate"),
         (("--calib_mode", "percentile"), "percentile"),
-        (("--calib_mode", "mse", "--mse_grid_size", 64), "64"),
+        (("--scale_format", "bf16"), "rms(k=3), ue8m0, now rms(k=3), bf16"),
+        (("--calib_mode", "mse", "--scale_format", "bf16", "--mse_grid_size", 64), "64"),
     ],
     ids=str,
 )
@@ -585,6 +586,7 @@ def test_a_damaged_manifest_is_refused_or_replaced(
     [
         {"measurements": "none"},
         {"measurements": [{"name": "x", "cosine": "high"}]},
+        {"measurements": [{"name": "x", "cosine": 1.0, "mean_abs": 0.0, "max_abs": 0.0, "amax": 0.1}]},
         {"verification": None},
         {"problems": 3},
         {"sha256": "\n" * 64},

@@ -332,7 +332,7 @@ def test_activation_statistics_reach_every_rank(
 ) -> None:
     source, statistics, output = wide(8), tmp_path / "stats.json", tmp_path / "out"
     _write_statistics(source, statistics)
-    flags = ("--calib_mode", "mse", "--activation_stats", statistics)
+    flags = ("--calib_mode", "mse", "--scale_format", "bf16", "--activation_stats", statistics)
     done = ranks(2, "--input_dir", source, "--output_dir", output, *flags)
     assert done.codes == [0, 0], done.text
     assert done.notes("claimed").keys() == {(0, 0), (1, 0)}

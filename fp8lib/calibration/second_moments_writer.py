@@ -1,7 +1,6 @@
 """Writes the second-moments file, whose format `second_moments_file` documents."""
 
 import json
-import uuid
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -10,7 +9,7 @@ import numpy as np
 
 from fp8lib.calibration.second_moments_file import MOMENTS, Input, triangle
 from fp8lib.calibration.statistics_file import TOKENS
-from fp8lib.streaming.writer import ShardWriter
+from fp8lib.calibration.statistics_writer import begin_file
 
 
 class SecondMomentsWriter(AbstractContextManager):
@@ -38,9 +37,7 @@ class SecondMomentsWriter(AbstractContextManager):
                 self._describe(longest, name, each.channels, end)
         self._room = len(_compact(longest))
         self._room += -self._room % 8
-        beginning = b" " * (8 + self._room)
-        own = f"{path.name}.{uuid.uuid4().hex[:8]}"
-        self._writer = ShardWriter(path, beginning, len(beginning), name=own)
+        self._writer = begin_file(path, b" " * (8 + self._room))
 
     @staticmethod
     def _describe(header: dict[str, object], name: str, channels: int, start: int) -> None:

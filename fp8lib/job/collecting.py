@@ -127,11 +127,18 @@ def _run(flags: Namespace, talk: Talk, ranks: Ranks) -> None:
         writer.commit()
     ranks.publish("written", True)
     _warn_unrecorded(entries.left, talk.warn)
+    facts = _facts(flags, provenance, time.monotonic() - started, collector)
+    report.print_summary(talk.printer, entries.coverage(tokens + generated), facts)
+
+
+def _facts(flags: Namespace, provenance: dict, seconds: float, collector: "Collector | None") -> dict:
+    """What the summary says about the run: label -> value."""
+    tokens, generated = provenance["prompt_tokens"], provenance["generated_tokens"]
     facts = {
-        "Model": f"{printable(root)} ({provenance['model_type']}), {provenance['mode']}",
-        "Prompts": f"{len(prompts)} ({provenance['prompts_file']})",
+        "Model": f"{printable(flags.model_dir)} ({provenance['model_type']}), {provenance['mode']}",
+        "Prompts": f"{provenance['prompts']} ({provenance['prompts_file']})",
         "Tokens": f"{tokens + generated:,}: {tokens:,} of prompts, {generated:,} generated",
-        "Time": f"{time.monotonic() - started:,.0f} s",
+        "Time": f"{seconds:,.0f} s",
         "Written": f"{printable(flags.output)} ({size(flags.output.stat().st_size)})",
     }
     if collector:
@@ -139,7 +146,7 @@ def _run(flags: Namespace, talk: Talk, ranks: Ranks) -> None:
         own = f", {collector.own:,} of them single experts'" if collector.own else ""
         facts["Second moments"] = f"{collector.written:,}{own}"
         facts[""] = f"{printable(beside)} ({size(beside.stat().st_size)})"
-    report.print_summary(talk.printer, entries.coverage(tokens + generated), facts)
+    return facts
 
 
 def _provenance(flags: Namespace, plan: Plan, prompts: int, tokens: int, generated: int | None) -> dict:

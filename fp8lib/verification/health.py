@@ -250,6 +250,14 @@ def _recommend(measurements: Sequence[Measurement], calibration: Calibration) ->
             f"{len(low)} tensors stay below cosine {AT_FORMAT_LIMIT} with the best of all scales: their "
             "blocks hold outliers far above the bulk. Another scale will not help; evaluate the model."
         )
+    return found + _recommend_about_absolute_errors(measurements, calibration)
+
+
+def _recommend_about_absolute_errors(
+    measurements: Sequence[Measurement], calibration: Calibration
+) -> list[str]:
+    mode, clips, powers = calibration.mode, calibration.clips, calibration.powers_of_two
+    found = []
     worst = _outside(measurements, MAX_ABS)
     bounded_by_max = [m for m in worst if m.max_abs > m.amax * LARGEST_ERROR_OF_MAX]
     if worst and clips and worst[0].max_abs > worst[0].amax * LARGEST_RELATIVE_ERROR:

@@ -62,15 +62,7 @@ def print_summary(
         powers_of_two: whether the scales are meant to be.
         loading: prints what engines need to load the directory.
     """
-    printer.line("=" * WIDTH)
-    printer.line("  QUANTIZATION VERIFICATION SUMMARY")
-    printer.line(f"  Calibration         : {calibration}")
-    if covered is not None:
-        printer.line(f"  Activation stats    : {covered} of {totals.fp8} tensors")
-    printer.line("-" * WIDTH)
-    printer.line(f"  Shards processed    : {totals.shards}  ({failed} failed)")
-    printer.line(f"  FP8 weight tensors  : {totals.fp8}")
-    printer.line(f"  Passthrough tensors : {totals.passthrough}")
+    _print_totals(printer, totals, failed, calibration, covered)
     loading()
     if health is None:
         printer.line("  Spot-checked        : 0  (verification skipped)")
@@ -99,6 +91,20 @@ def print_summary(
         for number, text in enumerate(health.recommendations, 1):
             printer.wrapped(text, f"  {number}. ", "     ")
     printer.line("=" * WIDTH)
+
+
+def _print_totals(
+    printer: Printer, totals: Totals, failed: int, calibration: str, covered: int | None
+) -> None:
+    printer.line("=" * WIDTH)
+    printer.line("  QUANTIZATION VERIFICATION SUMMARY")
+    printer.line(f"  Calibration         : {calibration}")
+    if covered is not None:
+        printer.line(f"  Activation stats    : {covered} of {totals.fp8} tensors")
+    printer.line("-" * WIDTH)
+    printer.line(f"  Shards processed    : {totals.shards}  ({failed} failed)")
+    printer.line(f"  FP8 weight tensors  : {totals.fp8}")
+    printer.line(f"  Passthrough tensors : {totals.passthrough}")
 
 
 def _print_metrics(printer: Printer, measurements: Sequence[Measurement]) -> None:
