@@ -1,18 +1,24 @@
 # make demo   set up, make a small Qwen3.5-MoE checkpoint, quantize it, load it, compare logits
-# make test   set up and run the tests
+# make test   set up and run all tests
+# make check  lint and the quick half of the tests, for while you edit
 # make lint   ruff, as CI runs it
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+# A process per core; xdist_group keeps together what depends on its neighbours.
+WORKERS ?= --numprocesses logical --maxprocesses 8 --dist loadgroup
 
-.PHONY: demo test lint clean
+.PHONY: demo test check lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/python tests/demo.py demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
+
+check: lint
+	$(BIN)/python -m pytest $(WORKERS) -m "not slow"
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -20,7 +26,8 @@ lint: $(VENV)/installed
 
 $(VENV)/installed: requirements.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -r requirements.txt pytest hypothesis ruff
+	$(BIN)/python -m pip install --quiet -c constraints.txt -r requirements.txt \
+		pytest pytest-xdist filelock hypothesis ruff
 	touch $@
 
 clean:

@@ -6,6 +6,7 @@ quantize_fp8.py quantizes, the largest magnitude and the mean square of each inp
 """
 
 import argparse
+import math
 
 from fp8lib.command_line import Command, Parser, natural, path
 
@@ -24,6 +25,19 @@ def make_parser() -> Parser:
         "--output", type=path, required=True, metavar="FILE",
         help="statistics file: *.json, or *.safetensors for large models; replaced if it exists",
     )  # fmt: skip
+
+    group.add_argument(
+        "--second_moments", action="store_true",
+        help="also record the second moments of the inputs, for quantize_fp8.py --rounding second_order, in "
+        "FILE's name with .second_moments.safetensors",
+    )  # fmt: skip
+    group.add_argument(
+        "--second_moments_limit", type=gigabytes, default=64_000_000_000, metavar="GB",
+        help="size of that file; single experts get matrices of their own within it (64)",
+    )  # fmt: skip
+    group.add_argument(
+        "--dry_run", action="store_true", help="with --second_moments: show its sizes, write nothing"
+    )
 
     parser.add_prompts()
 
@@ -49,13 +63,27 @@ def make_parser() -> Parser:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    flags = make_parser().parse_args(arguments)
+    parser = make_parser()
+    flags = parser.parse_args(arguments)
+    if flags.dry_run and not flags.second_moments:
+        parser.error("argument --dry_run: shows the sizes of second moments; add --second_moments")
     flags.notes = ()
     if flags.layerwise and flags.max_tokens:
         flags.notes = (f"--layerwise runs prompts only: --max_tokens {flags.max_tokens} has no effect",)
     if flags.max_tokens is None:
         flags.max_tokens = 256
     return flags
+
+
+def gigabytes(text: str) -> int:
+    """A flag's value in GB as bytes."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < 1e9:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of gigabytes above 0")
+    return round(number * 1e9)
 
 
 def _run(flags: argparse.Namespace) -> int:

@@ -3,8 +3,9 @@
 
 import argparse
 
+from fp8lib.checkpoint.rules import ELIGIBILITIES, Selection
 from fp8lib.command_line import Command, Parser, path, positive
-from fp8lib.numerics.modes import MODES, PHASES, Calibration
+from fp8lib.numerics.modes import MODES, PHASES, SCALE_FORMATS, Calibration
 
 MODE_FLAGS = (
     ("rms", "--rms_factor"),
@@ -13,6 +14,11 @@ MODE_FLAGS = (
     ("mse", "--mse_grid_size"),
 )
 """Flags that only one mode looks at."""
+COMPARISON_FLAGS = (
+    "against", "activations", "served", "logits_out",
+    "prompts_file", "no_chat_template", "max_prompt_tokens", "batch_size",
+)  # fmt: skip
+"""Flags that only --compare_outputs looks at."""
 
 
 def make_parser() -> Parser:
@@ -37,6 +43,10 @@ def make_parser() -> Parser:
         "--calib_mode", choices=MODES, default="rms", help="how a block's scale is chosen (%(default)s)"
     )
     group.add_argument(
+        "--scale_format", choices=SCALE_FORMATS, default="ue8m0",
+        help="ue8m0: powers of two, which engines serve as they are; bf16: any BF16 number (%(default)s)",
+    )  # fmt: skip
+    group.add_argument(
         "--rms_factor", type=float, default=3.0, metavar="K",
         help="rms: scale = K * rms / 448, doubled until nothing saturates (%(default)s)",
     )  # fmt: skip
@@ -49,11 +59,43 @@ def make_parser() -> Parser:
     )  # fmt: skip
     group.add_argument(
         "--mse_grid_size", type=int, default=PHASES, metavar="N",
-        help="mse: scale phases tried per octave; %(default)s is every BF16 scale (%(default)s)",
+        help="mse with bf16 scales: phases tried per octave; %(default)s is every scale (%(default)s)",
     )  # fmt: skip
     group.add_argument(
         "--activation_stats", type=path, metavar="FILE",
         help="statistics from collect_activation_stats.py; rms and mse weight channels by them",
+    )  # fmt: skip
+
+    group = parser.add_argument_group("what is quantized")
+    group.add_argument(
+        "--eligibility", choices=ELIGIBILITIES, default="toolkit",
+        help="official also quantizes linear_attn.out_proj and shared experts, like Qwen's own FP8 releases "
+        "(%(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--keep_bf16", action="append", default=[], metavar="PATTERN",
+        help="keep modules whose name matches, such as '*.layers.0.mlp.*', whole fusion groups at a time; "
+        "wins over all else; repeatable",
+    )  # fmt: skip
+    group.add_argument(
+        "--quantize", action="append", default=[], metavar="PATTERN",
+        help="quantize modules of the official set whose name matches, whole fusion groups at a time; "
+        "repeatable",
+    )  # fmt: skip
+
+    group = parser.add_argument_group("rounding")
+    group.add_argument(
+        "--rounding", choices=("nearest", "second_order"), default="nearest",
+        help="how weights are rounded under their scales; second_order lets the errors of input channels "
+        "cancel, by the second moments of the inputs (%(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--second_moments", type=path, metavar="FILE",
+        help="second_order: from collect_activation_stats.py --second_moments",
+    )  # fmt: skip
+    group.add_argument(
+        "--damping", type=_damping, default=0.01, metavar="D",
+        help="second_order: share of their mean that is added to the second moments' diagonal (%(default)s)",
     )  # fmt: skip
 
     group = parser.add_argument_group("hardware")
@@ -76,6 +118,32 @@ def make_parser() -> Parser:
     )  # fmt: skip
     group.add_argument("--seed", type=int, default=0, help="of the random sample (%(default)s)")
 
+    group = parser.add_argument_group("comparing outputs")
+    group.add_argument(
+        "--compare_outputs", action="store_true",
+        help="run prompts through the original and the FP8 model, one layer at a time, and print KL "
+        "divergence, top token and perplexity",
+    )  # fmt: skip
+    group.add_argument(
+        "--against", type=path, metavar="DIR",
+        help="compare another FP8 directory, too, and say which is closer to the original",
+    )  # fmt: skip
+    group.add_argument(
+        "--activations", choices=("fp8", "bf16"), default="fp8",
+        help="fp8: inputs of FP8 modules are quantized, as engines do; bf16: they are not, as in "
+        "weight-only kernels (%(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--served", choices=("written", "ue8m0", "vllm-hopper"), default="written",
+        help="weights as in the files, or requantized to power-of-two scales with such activation scales, "
+        "or that for Linears alone (%(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--logits_out", type=path, metavar="FILE",
+        help="*.safetensors: KL divergence, token and ranks of every position",
+    )  # fmt: skip
+    parser.add_prompts()
+
     group = parser.add_argument_group("other")
     group.add_argument(
         "--dry_run", action="store_true", help="print the plan from headers alone, write nothing"
@@ -93,19 +161,44 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("argument --verify_only: not allowed with argument --skip_verify")
     if flags.dry_run and flags.verify_only:
         parser.error("argument --verify_only: not allowed with argument --dry_run")
+    second_order = flags.rounding == "second_order"
+    if second_order != (flags.second_moments is not None):
+        parser.error("--rounding second_order and --second_moments: give both or neither")
+    if flags.dry_run and flags.compare_outputs:
+        parser.error("argument --compare_outputs: not allowed with argument --dry_run")
     flags.notes = tuple(
         f"{flag} has no effect with --calib_mode {flags.calib_mode}"
         for mode, flag in MODE_FLAGS
         if mode != flags.calib_mode and getattr(flags, flag[2:]) != parser.get_default(flag[2:])
     )
+    if flags.calib_mode == "mse" and flags.scale_format == "ue8m0" and flags.mse_grid_size != PHASES:
+        flags.notes += ("--mse_grid_size has no effect with --scale_format ue8m0",)
+    flags.selection = Selection(flags.eligibility, tuple(flags.keep_bf16), tuple(flags.quantize))
+    if not flags.compare_outputs:
+        flags.notes += tuple(
+            f"--{name} has no effect without --compare_outputs"
+            for name in COMPARISON_FLAGS
+            if getattr(flags, name) != parser.get_default(name)
+        )
     flags.calibration = Calibration(
         mode=flags.calib_mode,
         rms_factor=flags.rms_factor,
         rms_saturate=flags.rms_saturate,
         percentile=flags.calib_percentile,
         mse_grid_size=flags.mse_grid_size,
+        scale_format=flags.scale_format,
     )
     return flags
+
+
+def _damping(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 1e-6 <= value <= 10:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0.000001 to 10")
+    return value
 
 
 def _samples(text: str) -> int | None:
@@ -128,7 +221,7 @@ COMMAND = Command(
     parse,
     _run,
     interrupted="interrupted; run the same command again (without --overwrite) to continue",
-    out_of_memory="use fewer --workers",
+    out_of_memory="use fewer --workers, or a smaller --batch_size to compare outputs",
 )
 main = COMMAND.main
 

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -20,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import machine
-from fp8lib.numerics.modes import Calibration
+from fp8lib.numerics.modes import SCALE_FORMATS, Calibration
 from fp8lib.numerics.scales import quantize_blocks
 from fp8lib.streaming.devices import choose_device, cores_of_rank
 from fp8lib.streaming.lanes import keep_freed_memory
@@ -52,10 +53,11 @@ def main() -> None:
     activation = torch.rand(flags.columns, device=device) + 0.01
 
     work: dict[str, Callable] = {"copy": torch.Tensor.clone}
-    for mode in ("max", "rms", "mse", "percentile"):
-        work[mode] = _kernel(Calibration(mode), None)
-        if mode in ("rms", "mse"):
-            work[f"{mode}, activation-weighted"] = _kernel(Calibration(mode), activation)
+    for mode, scale_format in product(("max", "rms", "mse", "percentile"), SCALE_FORMATS):
+        calibration = Calibration(mode, scale_format=scale_format)
+        work[f"{mode}, {scale_format}"] = _kernel(calibration, None)
+        if calibration.uses_activations:
+            work[f"{mode}, {scale_format}, activation-weighted"] = _kernel(calibration, activation)
 
     timings: dict[str, list[float]] = {name: [] for name in work}
     with ThreadPoolExecutor(workers) as pool:

@@ -1,9 +1,9 @@
 """Makes checkpoints of the real models' shapes: full of random weights, or as sparse files.
 
 Names, shapes and sharding follow the official BF16 releases: fused experts `[E, 2*I, H]`, every fourth
-layer full attention, one draft layer under `mtp.`, a vision tower (0.45 B) left out. A sparse file has a
-true header and true length but no data blocks: hundreds of GB that take megabytes on disk and read as
-zeros.
+layer full attention, one draft layer under `mtp.`; the vision tower (0.45 B) only where it is asked for. A
+sparse file has a true header and true length but no data blocks: hundreds of GB that take megabytes on disk
+and read as zeros.
 """
 
 import json
@@ -13,6 +13,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 BF16_BYTES = 2
+
+
+@dataclass(frozen=True)
+class Vision:
+    """Sizes of a vision tower."""
+
+    hidden: int = 1152
+    intermediate: int = 4304
+    depth: int = 27
+    heads: int = 16
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,8 @@ class Shape:
     vocabulary: int = 248320
     mtp: bool = True
     fused: bool = True
+    tied: bool = False
+    vision: Vision | None = None
 
 
 MODELS = {
@@ -43,12 +55,23 @@ MODELS = {
     "122B-A10B": Shape(3072, 48, 1024, 256, heads=32, linear_value_heads=64),
     "35B-A3B": Shape(2048, 40, 512, 256),
     "27B": Shape(5120, 64, 17408, heads=24, kv_heads=4, linear_value_heads=48),
+    "9B": Shape(4096, 32, 12288, kv_heads=4),
+    "4B": Shape(2560, 32, 9216, kv_heads=4, tied=True),
+    "2B": Shape(2048, 24, 6144, heads=8, linear_value_heads=16, tied=True),
+    "0.8B": Shape(1024, 24, 3584, heads=8, linear_value_heads=16, tied=True),
 }
 """The names count neither the draft layer (6.6 B of 397B-A17B) nor all of the vision tower."""
+VISION = {"4B": Vision(1024, 4096, 24), "2B": Vision(1024, 4096, 24), "0.8B": Vision(768, 3072, 12, heads=12)}
+"""Of the sizes that have a smaller tower."""
 SHARDS = {"397B-A17B": 94, "122B-A10B": 39, "35B-A3B": 14}
 """Files of the BF16 releases."""
 BENCHMARK = replace(MODELS["35B-A3B"], layers=4, experts=128, vocabulary=32768, mtp=False)
 """1.9 B parameters at the shapes of 35B-A3B."""
+
+
+def complete(model: str) -> Shape:
+    """A model with its vision tower, as released."""
+    return replace(MODELS[model], vision=VISION.get(model, Vision()))
 
 
 def tensors(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -58,7 +81,10 @@ def tensors(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
     for layer in range(shape.layers):
         yield from _layer(f"{root}.layers.{layer}", shape, full_attention=layer % 4 == 3)
     yield f"{root}.norm.weight", (shape.hidden,)
-    yield "lm_head.weight", (shape.vocabulary, shape.hidden)
+    if not shape.tied:
+        yield "lm_head.weight", (shape.vocabulary, shape.hidden)
+    if shape.vision:
+        yield from _vision("model.visual", shape.vision, shape.hidden)
     if shape.mtp:
         yield "mtp.fc.weight", (shape.hidden, 2 * shape.hidden)
         for norm in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden"):
@@ -112,6 +138,56 @@ def _mlp(name: str, s: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield f"{name}.down_proj.weight", (s.hidden, s.intermediate)
 
 
+def _vision(name: str, v: Vision, out: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    def linear(module: str, rows: int, columns: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+        yield f"{name}.{module}.weight", (rows, columns)
+        yield f"{name}.{module}.bias", (rows,)
+
+    def norm(module: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+        yield f"{name}.{module}.weight", (v.hidden,)
+        yield f"{name}.{module}.bias", (v.hidden,)
+
+    yield f"{name}.patch_embed.proj.weight", (v.hidden, 3, 2, 16, 16)
+    yield f"{name}.patch_embed.proj.bias", (v.hidden,)
+    yield f"{name}.pos_embed.weight", (2304, v.hidden)
+    for block in (f"blocks.{number}" for number in range(v.depth)):
+        yield from norm(f"{block}.norm1")
+        yield from norm(f"{block}.norm2")
+        yield from linear(f"{block}.attn.qkv", 3 * v.hidden, v.hidden)
+        yield from linear(f"{block}.attn.proj", v.hidden, v.hidden)
+        yield from linear(f"{block}.mlp.linear_fc1", v.intermediate, v.hidden)
+        yield from linear(f"{block}.mlp.linear_fc2", v.hidden, v.intermediate)
+    yield from norm("merger.norm")
+    yield from linear("merger.linear_fc1", 4 * v.hidden, 4 * v.hidden)
+    yield from linear("merger.linear_fc2", out, 4 * v.hidden)
+
+
+def config(shape: Shape) -> dict:
+    """What config.json says of a model's sizes, with the keys of the releases."""
+    text = {
+        "hidden_size": shape.hidden,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "linear_num_key_heads": shape.linear_key_heads,
+        "linear_num_value_heads": shape.linear_value_heads,
+        "linear_key_head_dim": shape.linear_head_dim,
+        "linear_value_head_dim": shape.linear_head_dim,
+    }
+    if shape.experts:
+        text |= {"num_experts": shape.experts, "moe_intermediate_size": shape.intermediate}
+        text["shared_expert_intermediate_size"] = shape.intermediate
+    else:
+        text["intermediate_size"] = shape.intermediate
+    moe = "_moe" if shape.experts else ""
+    found = {"model_type": f"qwen3_5{moe}", "text_config": text, "tie_word_embeddings": shape.tied}
+    found["architectures"] = [f"Qwen3_5{'Moe' * bool(shape.experts)}ForConditionalGeneration"]
+    if shape.vision:
+        found["vision_config"] = {"depth": shape.vision.depth, "num_heads": shape.vision.heads}
+    return found
+
+
 def write(folder: Path, shape: Shape, shards: int, *, sparse: bool = False, std: float = 0.02) -> None:
     """Write a checkpoint directory.
 
@@ -131,9 +207,7 @@ def write(folder: Path, shape: Shape, shards: int, *, sparse: bool = False, std:
         weight_map.update((tensor, name) for tensor, _ in group)
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    moe = "_moe" if shape.experts else ""
-    config = {"model_type": f"qwen3_5{moe}", "text_config": {"num_hidden_layers": shape.layers}}
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config(shape)))
 
 
 def _nbytes(dimensions: tuple[int, ...]) -> int:

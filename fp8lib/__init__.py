@@ -1,6 +1,6 @@
 """Block-wise FP8 quantization of Qwen3.5/3.6 checkpoints, tensor by tensor, without building the model."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 class Fp8Error(Exception):

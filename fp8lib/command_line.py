@@ -81,9 +81,7 @@ def natural(text: str) -> int:
 
 def positive(text: str) -> int:
     """A flag's value as a whole number from 1 on."""
-    if not text.removeprefix("-").isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
-    if int(text) < 1:
+    if text.startswith("-") or natural(text) == 0:
         raise argparse.ArgumentTypeError("must be 1 or more")
     return int(text)
 

@@ -14,7 +14,7 @@ WIDTH = 64
 _MARKS = {"GOOD": "✔", "WARN": "⚠", "FAIL": "✘"}
 _ASCII_MARKS = {"GOOD": "+", "WARN": "!", "FAIL": "x"}
 _COLOURS = {"GOOD": "32", "WARN": "33", "FAIL": "31"}
-_ASCII = str.maketrans({"≥": ">=", "≤": "<=", "–": "-", "…": "...", "≈": "~"})
+_ASCII = str.maketrans({"±": "+/-", "Δ": "d", "≥": ">=", "≤": "<=", "–": "-", "…": "...", "≈": "~"})
 
 
 class Printer:

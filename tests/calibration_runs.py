@@ -10,6 +10,7 @@ from fp8lib.calibration.input_statistics import InputStatistics
 from fp8lib.calibration.recording import Recorder
 from fp8lib.checkpoint.directory import open_checkpoint
 from fp8lib.checkpoint.plan import Plan, make_plan
+from fp8lib.checkpoint.rules import Selection
 from fp8lib.model import whole_model
 from fp8lib.model.prompts import make_batches
 
@@ -40,7 +41,8 @@ def prompts_of(lengths: list[int], seed: int = 0) -> list[list[int]]:
 
 
 def plan_of(path: Path) -> Plan:
-    return make_plan(open_checkpoint(path))
+    """What the collector records: the official set."""
+    return make_plan(open_checkpoint(path), Selection("official"))
 
 
 def collect(

@@ -1,13 +1,16 @@
 """What every test file shares: tiny checkpoints made once, and two ways to run the command line.
 
-checkpoint   a directory of `tiny_checkpoints.build`, made once per session: read it, never change it
-quantized    the output of one, made once per session: read it, never change it
+once         a directory, made once per session, whichever of pytest-xdist's workers needs it first
+checkpoint   such a directory of `tiny_checkpoints.build`: read it, never change it
+quantized    such a directory with the output of a run: read it, never change it
+trained      a tiny model that learned something, made once per session: read it, never change it
 copy_of      a copy of a checkpoint that a test may spoil
 cli          `quantize_fp8.main` in this process: quick, for what the tool does
 run          `quantize_fp8.py` as a process of its own: for what a user's terminal, umask or imports see
 """
 
 import contextlib
+import hashlib
 import io
 import os
 import shutil
@@ -20,11 +23,29 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 import quantize_fp8
 import tiny_checkpoints
+from forked import PATIENCE
 
 SCRIPT = Path(quantize_fp8.__file__).resolve()
+SLOW = {
+    "test_calibration",
+    "test_collect_cli",
+    "test_collect_torchrun",
+    "test_compare_outputs",
+    "test_faults",
+    "test_fuzz",
+    "test_hostile_files",
+    "test_layerwise",
+    "test_layouts",
+    "test_outputs",
+    "test_resume",
+    "test_scale",
+    "test_torchrun",
+}
+"""Files that `make check` leaves out: whole models by transformers, hundreds of runs, real torchrun."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +57,17 @@ class Result:
     err: str
 
 
+def pytest_configure() -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes that share the cores
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem in SLOW:
+            item.add_marker(pytest.mark.slow)
     if torch.cuda.is_available():
         return
     for item in items:
@@ -45,35 +76,67 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`once(name, key, make)`: a directory that `make(directory)` fills, once per session.
+
+    `key` and `name` stand for what is in it: who asks with the same gets the same directory, in every
+    worker of pytest-xdist.
+    """
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "once"
+    shared.mkdir(exist_ok=True)
+    made: set[Path] = set()
+
+    def get(name: str, key: object, make: Callable[[Path], object]) -> Path:
+        folder = shared / f"{name}-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}"
+        if folder not in made:
+            with FileLock(f"{folder}.lock"):
+                if not folder.exists():
+                    begun = folder.with_name(f"{folder.name}.begun")
+                    shutil.rmtree(begun, ignore_errors=True)  # of a test that failed on the way
+                    begun.mkdir()
+                    make(begun)
+                    begun.rename(folder)
+            made.add(folder)
+        return folder
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def checkpoint(once: Callable[..., Path]) -> Callable[..., Path]:
     """`checkpoint(kind, **arguments of tiny_checkpoints.build)`: the directory, made once."""
-    made: dict[str, Path] = {}
 
     def make(kind: str, **arguments: object) -> Path:
-        key = repr((kind, sorted(arguments.items())))
-        if key not in made:
-            folder = tmp_path_factory.mktemp(f"{kind}-bf16")
-            made[key] = tiny_checkpoints.build(folder, kind, **arguments)
-        return made[key]
+        return once(
+            f"{kind}-bf16",
+            sorted(arguments.items()),
+            lambda folder: tiny_checkpoints.build(folder, kind, **arguments),
+        )
 
     return make
 
 
 @pytest.fixture(scope="session")
-def quantized(tmp_path_factory: pytest.TempPathFactory, cli: Callable[..., Result]) -> Callable[..., Path]:
+def quantized(once: Callable[..., Path], cli: Callable[..., Result]) -> Callable[..., Path]:
     """`quantized(input, *flags)`: the output directory of a run that did not fail, made once."""
-    made: dict[tuple[Path, ...], Path] = {}
 
     def make(source: Path, *flags: object) -> Path:
-        key = (source, *map(str, flags))
-        if key not in made:
-            folder = tmp_path_factory.mktemp("fp8") / "out"
-            result = cli("--input_dir", source, "--output_dir", folder, *flags)
+        def quantize(folder: Path) -> None:
+            result = cli("--input_dir", source, "--output_dir", folder / "out", *flags)
             assert result.rc == 0, result.err + result.out
-            made[key] = folder
-        return made[key]
+
+        return once("fp8", (str(source), *map(str, flags)), quantize) / "out"
 
     return make
+
+
+@pytest.fixture(scope="session")
+def trained(once: Callable[..., Path]) -> Path:
+    """A tiny dense model that learned something, made once per session (`tests/trained.py`)."""
+    from trained import train
+
+    return once("trained", "text", train)
 
 
 @pytest.fixture
@@ -113,7 +176,7 @@ def run() -> Callable[..., Result]:
         done = subprocess.run(
             [sys.executable, SCRIPT, *map(str, arguments)],
             env={**inherited, "PYTHONIOENCODING": "utf-8", "COLUMNS": "80", **(env or {})},
-            **{"capture_output": True, "encoding": "utf-8", "timeout": 120, **options},
+            **{"capture_output": True, "encoding": "utf-8", "timeout": PATIENCE, **options},
         )
         return Result(done.returncode, done.stdout, done.stderr)
 

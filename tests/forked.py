@@ -6,11 +6,23 @@ be told to do something `at` one of its operations on files, counted over all it
 
     start("--input_dir", …, at=At("fsync", 3, do="kill"))      # SIGKILL before the third fsync
     start("--input_dir", …, at=At("open", where="config.json", do="os.truncate(path, 0)"))
+
+What was looked at, and why it does not do:
+
+multiprocessing   has such a server ("forkserver"), the same for all children of a process; we need two, since
+                  only one of our commands may import transformers. It reaps its children itself and hands on
+                  the exit code alone, and the tests of hostile files bound a run's CPU time and memory.
+pytest-forked     (archived) and the `--boxed` that pytest-xdist once had fork the test, from a process in
+                  which torch has started threads. Here the program is forked and the test looks on.
+pyfakefs          replaces the file system in Python: no rename, lock or kill would be the kernel's.
+libfiu, CharybdeFS, strace --inject   fail system calls, with a library, a FUSE mount or ptrace that have to
+                  be installed; they cannot run a statement at a moment, which half the tests do.
 """
 
 import atexit
 import contextlib
 import functools
+import importlib
 import json
 import os
 import resource
@@ -25,7 +37,22 @@ from pathlib import Path
 
 OPERATIONS = ("mkdir", "open", "ftruncate", "pwrite", "fsync", "close", "rename", "unlink")
 """Functions of `os` through which everything goes that a run does to files."""
+PATIENCE = 300
+"""Seconds until a test takes for hanging what it waits for; on a quiet machine everything takes a few."""
 REPOSITORY = Path(__file__).resolve().parent.parent
+_TRANSFORMERS = """
+import torch, torch.distributed, transformers
+for name in ("Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM", "AutoModelForCausalLM", "AutoTokenizer"):
+    getattr(transformers, name)
+"""
+COMMANDS = {
+    "quantize_fp8": "import torch, torch.distributed",
+    "quantize_fp8 with transformers": _TRANSFORMERS,
+    "collect_activation_stats": _TRANSFORMERS,
+}
+"""What a server imports before it forks runs of a command: libraries only, nothing of this project.
+
+The first word is the command's module."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +94,13 @@ class Started:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self.pid = int(_eventually(folder / "pid", 60))
+        self.pid = int(_eventually(folder / "pid", PATIENCE))
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, number)
 
-    def wait_until_stopped(self, timeout: float = 30) -> None:
+    def wait_until_stopped(self, timeout: float = PATIENCE) -> None:
         """Wait for the moment of `At(…, do="stop")`.
 
         Raises:
@@ -85,7 +112,7 @@ class Started:
                 raise TimeoutError(self.pid)
             time.sleep(0.005)
 
-    def wait(self, timeout: float = 60) -> Ended:
+    def wait(self, timeout: float = PATIENCE) -> Ended:
         """How it ended; a run that does not end in time is killed.
 
         Raises:
@@ -112,11 +139,11 @@ def _eventually(path: Path, timeout: float) -> str:
 class _Server:
     """The process that children are forked from."""
 
-    def __init__(self) -> None:
+    def __init__(self, command: str) -> None:
         self.folder = tempfile.TemporaryDirectory()
         self._lock = threading.Lock()
         self._process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, text=True, cwd=REPOSITORY
+            [sys.executable, __file__, command], stdin=subprocess.PIPE, text=True, cwd=REPOSITORY
         )
 
     def send(self, task: dict) -> None:
@@ -131,34 +158,43 @@ class _Server:
 
 
 @functools.cache
-def _server() -> _Server:
-    server = _Server()
+def _server(command: str) -> _Server:
+    server = _Server(command)
     atexit.register(server.close)
     return server
 
 
 def start(
     *arguments: object,
+    command: str = "quantize_fp8",
+    env: dict[str, str] | None = None,
+    streams: dict[str, str] | None = None,
     at: At | None = None,
     before: str = "",
     umask: int | None = None,
     limits: dict[int, int] | None = None,
 ) -> Started:
-    """Start `quantize_fp8.main(arguments)`.
+    """Start a script's `main(arguments)`.
 
     Args:
         arguments: of the command line.
+        command: a key of `COMMANDS`.
+        env: environment variables beside those of the tests.
+        streams: what to open for "out" and "err" instead of the files that `Ended` is read from.
         at: something to do in the middle of it.
         before: statements to run first.
         umask: of the run.
         limits: soft and hard resource limits.
     """
-    server = _server()
+    server = _server(command)
     folder = Path(tempfile.mkdtemp(dir=server.folder.name))
     server.send(
         {
             "folder": str(folder),
             "arguments": [str(a) for a in arguments],
+            "command": command,
+            "env": env or {},
+            "streams": streams or {},
             "at": at and asdict(at),
             "before": before,
             "umask": umask,
@@ -168,7 +204,7 @@ def start(
     return Started(folder)
 
 
-def run(*arguments: object, timeout: float = 60, **options: object) -> Ended:
+def run(*arguments: object, timeout: float = PATIENCE, **options: object) -> Ended:
     """`start`, then wait for the end."""
     return start(*arguments, **options).wait(timeout)
 
@@ -176,10 +212,9 @@ def run(*arguments: object, timeout: float = 60, **options: object) -> Ended:
 # --- in the server -----------------------------------------------------------------------------
 
 
-def _serve() -> None:
+def _serve(command: str) -> None:
     sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
-    import torch  # noqa: F401
-
+    exec(COMMANDS[command], {})
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     for line in sys.stdin:
         if os.fork() == 0:
@@ -218,10 +253,14 @@ def _be(task: dict) -> None:
     """Become the run."""
     folder = Path(task["folder"])
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), number)
-    import quantize_fp8
-
+    os.environ.update(task["env"])
+    encoding = task["env"].get("PYTHONIOENCODING", "utf-8")
+    for number, name, errors in ((1, "out", "strict"), (2, "err", "backslashreplace")):  # as Python's own
+        (folder / name).touch()
+        place = task["streams"].get(name, folder / name)
+        os.dup2(os.open(place, os.O_WRONLY | os.O_NOCTTY), number)
+        stream = open(number, "w", encoding=encoding, errors=errors, closefd=False)  # noqa: SIM115
+        setattr(sys, f"std{name}", stream)
     rc = 99
     try:
         if task["umask"] is not None:
@@ -231,7 +270,7 @@ def _be(task: dict) -> None:
         if task["at"]:
             _watch(At(**task["at"]), folder / "operations")
         exec(task["before"], {})
-        rc = quantize_fp8.main(task["arguments"])
+        rc = importlib.import_module(task["command"].split()[0]).main(task["arguments"])
     except SystemExit as stop:
         rc = stop.code
     except BaseException:
@@ -290,4 +329,4 @@ def _do(what: str, path: str) -> None:
 
 
 if __name__ == "__main__":
-    _serve()
+    _serve(sys.argv[1])

@@ -6,19 +6,24 @@ import os
 import pty
 import re
 import struct
-import subprocess
-import sys
 import termios
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from conftest import SCRIPT, Result
+import forked
+from conftest import Result
 from fp8lib import Fp8Error, __version__
+from fp8lib.numerics.e4m3 import dequantize
 from fp8lib.numerics.modes import MODES, Calibration
+from fp8lib.numerics.served import requantize
+from safetensors_by_hand import read_header
 from tiny_checkpoints import tensors
 
 ESCAPE = "\033["
@@ -83,7 +88,8 @@ def test_quantizing_needs_no_transformers(
 GROUPS = {
     "input and output": ["--input_dir", "--output_dir", "--overwrite"],
     "calibration": [
-        "--calib_mode", "--rms_factor", "--rms_saturate", "--calib_percentile", "--mse_grid_size",
+        "--calib_mode", "--scale_format", "--rms_factor", "--rms_saturate", "--calib_percentile",
+        "--mse_grid_size",
         "--activation_stats",
     ],
     "hardware": ["--device"],
@@ -92,6 +98,7 @@ GROUPS = {
 }  # fmt: skip
 DEFAULTS = {
     "--calib_mode": "rms",
+    "--scale_format": "ue8m0",
     "--rms_factor": "3.0",
     "--calib_percentile": "99.9",
     "--mse_grid_size": "128",
@@ -211,8 +218,8 @@ def test_dry_run_writes_nothing_and_reads_headers_only(
     shard = source / "model.safetensors"
     expected = cli("--input_dir", source, "--dry_run").out
     size = shard.stat().st_size
-    header_length = 8 + int.from_bytes(shard.read_bytes()[:8], "little")
-    os.truncate(shard, header_length)
+    _, start_of_data = read_header(shard)
+    os.truncate(shard, start_of_data)
     os.truncate(shard, size)
     result = cli("--input_dir", source, "--output_dir", tmp_path / "out", "--dry_run")
     assert (result.rc, result.out) == (0, expected)
@@ -224,7 +231,7 @@ def test_dry_run_writes_nothing_and_reads_headers_only(
 
 def fields(summary: str) -> dict[str, str]:
     """The `name : value` lines of a summary."""
-    return dict(re.findall(r"^  (\w[\w -]*?) *: (.+)$", summary, re.MULTILINE))
+    return dict(re.findall(r"^  (\w[\w ()-]*?) *: (.+)$", summary, re.MULTILINE))
 
 
 def spot_checked(summary: str) -> tuple[int, dict[str, int]]:
@@ -252,11 +259,15 @@ def test_summary_counts_what_is_in_the_output(checkpoint: Callable, tmp_path: Pa
 @pytest.mark.parametrize(
     ("flags", "shown"),
     [
-        ([], "rms(k=3)"),
-        (["--rms_factor", "2.5", "--rms_saturate"], "rms(k=2.5, saturate)"),
-        (["--calib_mode", "max"], "max"),
-        (["--calib_mode", "percentile", "--calib_percentile", "99.99"], "percentile(p=99.99)"),
-        (["--calib_mode", "mse", "--mse_grid_size", "16"], "mse(phases=16)"),
+        ([], "rms(k=3), ue8m0"),
+        (["--rms_factor", "2.5", "--rms_saturate"], "rms(k=2.5, saturate), ue8m0"),
+        (["--calib_mode", "max", "--scale_format", "bf16"], "max, bf16"),
+        (["--calib_mode", "percentile", "--calib_percentile", "99.99"], "percentile(p=99.99), ue8m0"),
+        (
+            ["--calib_mode", "mse", "--mse_grid_size", "16", "--scale_format", "bf16"],
+            "mse(phases=16), bf16",
+        ),
+        (["--calib_mode", "mse"], "mse, ue8m0"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -295,6 +306,36 @@ def test_summary_shows_the_errors_of_the_files_on_disk(
     for metric, value in expected.items():
         # 6 decimals are printed; the tool measures in float32, whose sums are right to 1e-6 of them.
         assert float(shown[metric]) == pytest.approx(value, abs=1.5e-6), metric
+
+
+def test_summary_shows_the_errors_as_served_where_engines_change_the_files(
+    checkpoint: Callable, tmp_path: Path, cli: Callable
+) -> None:
+    source, output = checkpoint("text", shards=2), tmp_path / "out"
+    flags = ("--scale_format", "bf16", "--verify_samples", "all")
+    result = cli("--input_dir", source, "--output_dir", output, *flags)
+    original, state = tensors(source), tensors(output)
+    found: dict[str, list] = {"relative error": [], "cosine sim": [], "worst MaxAE": []}
+    changed = 0
+    for name in (name for name, t in state.items() if t.dtype == FP8):
+        w, codes, scales = original[name].double(), state[name], state[f"{name}_scale_inv"]
+        pair = [dequantize(codes, scales), dequantize(*requantize(codes, scales))]
+        changed += int((pair[0] != pair[1]).sum())
+        errors = [restored.double() - w for restored in pair]
+        found["relative error"].append([(e.norm() / w.norm()).item() for e in errors])
+        found["cosine sim"].append(
+            [torch.cosine_similarity(w.flatten(), (w + e).flatten(), 0) for e in errors]
+        )
+        found["worst MaxAE"].append([e.abs().max().item() for e in errors])
+    assert fields(result.out)["As served (UE8M0)"] == f"{changed:,} of the checked weights change"
+    shown = dict(
+        re.findall(r"^    (relative error|cosine sim|worst MaxAE) +([\d. ]+)$", result.out, re.MULTILINE)
+    )
+    for label, values in found.items():
+        expected = np.max(values, axis=0) if label == "worst MaxAE" else np.mean(values, axis=0)
+        assert [float(v) for v in shown[label].split()] == pytest.approx(expected.tolist(), abs=1.5e-6)
+    assert "vLLM on Hopper" in result.out
+    assert "--scale_format ue8m0" in result.out
 
 
 @pytest.mark.parametrize(("samples", "per_shard"), [("1", 1), ("7", 7), ("all", None), ("999", None)])
@@ -412,10 +453,11 @@ def test_summary_counts_the_tensors_with_activation_statistics(
     "calibration",
     [
         *map(Calibration, MODES),
+        *(Calibration(mode, scale_format="bf16") for mode in MODES),
         Calibration("rms", rms_factor=2.5, rms_saturate=True),
-        Calibration("rms", rms_factor=1e-7),
+        Calibration("rms", rms_factor=1e-7, scale_format="bf16"),
         Calibration("percentile", percentile=99.99),
-        Calibration("mse", mse_grid_size=16),
+        Calibration("mse", mse_grid_size=16, scale_format="bf16"),
     ],
     ids=str,
 )
@@ -423,8 +465,17 @@ def test_a_calibration_is_read_from_what_the_summary_calls_it(calibration: Calib
     assert Calibration.parse(str(calibration)) == calibration
 
 
+@pytest.mark.parametrize("calibration", [Calibration("rms", scale_format="bf16", rms_saturate=True)])
+def test_a_calibration_of_before_scale_formats_is_bf16(calibration: Calibration) -> None:
+    assert Calibration.parse(str(calibration).removesuffix(", bf16")) == calibration
+
+
 @pytest.mark.parametrize(
-    "text", ["", "rms(", "rms(k=three)", "entropy", "mse(phases=1e3)", "mse(phases=0)", "None"]
+    "text",
+    [
+        *("", "rms(", "rms(k=three)", "entropy", "mse(phases=1e3)", "mse(phases=0)", "None"),
+        *("max, e8m0", "mse(phases=16), ue8m0", "ue8m0", ", ue8m0"),
+    ],
 )
 def test_what_is_not_a_calibration_is_refused(text: str) -> None:
     with pytest.raises(Fp8Error):
@@ -459,7 +510,16 @@ def test_a_flag_that_the_mode_does_not_look_at_is_noted(
     result = cli("--input_dir", small, "--dry_run", *flags)
     assert result.rc == 0
     assert result.err == f"note: {noted[0]} has no effect with --calib_mode {noted[1]}\n"
-    assert cli("--input_dir", small, "--dry_run", "--quiet", *flags).err == ""
+
+
+def test_phases_are_noted_to_have_no_effect_on_powers_of_two(
+    checkpoint: Callable, tmp_path: Path, cli: Callable
+) -> None:
+    flags = ("--dry_run", "--calib_mode", "mse", "--mse_grid_size", 16)
+    result = cli("--input_dir", checkpoint("text"), *flags)
+    assert result.err == "note: --mse_grid_size has no effect with --scale_format ue8m0\n"
+    assert cli("--input_dir", checkpoint("text"), *flags, "--scale_format", "bf16").err == ""
+    assert cli("--input_dir", checkpoint("text"), "--quiet", *flags).err == ""
 
 
 LOUD = {
@@ -468,7 +528,8 @@ LOUD = {
     "far beyond": ("moe", {"std": 1e4}, ["--calib_mode", "max"]),
     "clipping": ("moe", {"std": 0.05}, ["--rms_saturate", "--rms_factor", "2"]),
     "percentile": ("moe", {"std": 0.05}, ["--calib_mode", "percentile", "--calib_percentile", "99"]),
-    "mse": ("dense", {"std": 1.0}, ["--calib_mode", "mse", "--mse_grid_size", "128"]),
+    "mse": ("dense", {"std": 1.0}, ["--calib_mode", "mse", "--scale_format", "bf16"]),
+    "weights that engines take for larger": ("text", {"std": 1e-6}, []),
     "kept experts": ("moe", {"moe_intermediate_size": 64}, ["--skip_verify"]),
 }
 
@@ -493,33 +554,25 @@ def in_terminal(*arguments: object, stdout: bool, stderr: bool, env: dict[str, s
     """Run with stdout, stderr or both on a pseudo-terminal."""
     master, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(
-        [sys.executable, SCRIPT, *map(str, arguments)],
-        stdout=terminal if stdout else pipe,
-        stderr=terminal if stderr else pipe,
-        env={k: v for k, v in os.environ.items() if k != "NO_COLOR"}
-        | {"PYTHONIOENCODING": "utf-8", "TERM": "xterm"}
-        | env,
+    name = os.ttyname(terminal)
+    wanted = {"out": stdout, "err": stderr}
+    started = forked.start(
+        *arguments,
+        streams={stream: name for stream, is_terminal in wanted.items() if is_terminal},
+        before="import os; os.environ.pop('NO_COLOR', None)" if "NO_COLOR" not in env else "",
+        env={"TERM": "xterm", **env},
     )
-    os.close(terminal)
     shown = b""
-    while True:
-        try:
-            part = os.read(master, 65536)
-        except OSError:  # EIO: the other end is closed
-            break
-        if not part:
-            break
-        shown += part
-    out, err = process.communicate(timeout=120)
+    with ThreadPoolExecutor(1) as waiting:
+        end = waiting.submit(started.wait)
+        end.add_done_callback(lambda _: os.close(terminal))
+        with suppress(OSError):  # EIO: the other end is closed
+            while part := os.read(master, 65536):
+                shown += part
+    ended = end.result()
     os.close(master)
     screen = shown.decode()
-    return Result(
-        process.returncode,
-        screen if stdout else out.decode(),
-        screen if stderr else err.decode(),
-    )
+    return Result(ended.rc, screen if stdout else ended.out, screen if stderr else ended.err)
 
 
 @pytest.mark.parametrize(
@@ -590,15 +643,16 @@ def test_quiet_does_not_silence_an_error(tmp_path: Path, cli: Callable) -> None:
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_marks_are_ascii_where_the_encoding_lacks_the_glyphs(
-    encoding: str, small: Path, tmp_path: Path, run: Callable
+    encoding: str, small: Path, tmp_path: Path
 ) -> None:
-    result = run("--input_dir", small, "--output_dir", tmp_path / "out", env={"PYTHONIOENCODING": encoding})
+    env = {"PYTHONIOENCODING": encoding}
+    result = forked.run("--input_dir", small, "--output_dir", tmp_path / "out", env=env)
     assert result.rc == 0, result.err
     assert result.out.isascii()
     assert "! WARN" in result.out
     assert ">= 0.9995" in result.out
     assert "\\u" not in result.out
-    plan = run("--input_dir", small, "--dry_run", env={"PYTHONIOENCODING": encoding})
+    plan = forked.run("--input_dir", small, "--dry_run", env=env)
     assert plan.rc == 0, plan.err
     assert plan.out.isascii()
     assert "\\u" not in plan.out

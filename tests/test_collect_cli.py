@@ -11,7 +11,6 @@ import struct
 import subprocess
 import sys
 import termios
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,6 +24,7 @@ import collect_activation_stats
 import quantize_fp8
 import tiny_checkpoints
 from calibration_runs import collect, entries_of, plan_of, prompts_of
+from forked import PATIENCE
 from fp8lib.calibration.statistics_file import Statistics
 from fp8lib.model import memory, whole_model
 from fp8lib.numerics.e4m3 import dequantize
@@ -70,7 +70,7 @@ def process(*arguments: object, **options: object) -> subprocess.CompletedProces
     return subprocess.run(
         [sys.executable, SCRIPT, *map(str, arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80", "PYTHONIOENCODING": "utf-8"},
-        **{"capture_output": True, "encoding": "utf-8", "timeout": 120, **options},
+        **{"capture_output": True, "encoding": "utf-8", "timeout": PATIENCE, **options},
     )
 
 
@@ -85,7 +85,7 @@ def test_help_fits_a_terminal_and_loads_no_library():
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=SCRIPT.parent, env={**os.environ, "COLUMNS": "80"},
-        capture_output=True, encoding="utf-8", timeout=60,
+        capture_output=True, encoding="utf-8", timeout=PATIENCE,
     )  # fmt: skip
     assert done.stderr == "set()\n"
     assert max(map(len, done.stdout.splitlines())) <= 80
@@ -431,11 +431,10 @@ def test_an_interrupted_run_leaves_no_file(checkpoint, tmp_path, number, code, f
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    while "tokens/s" not in child.stderr.readline():  # then prompts are running
-        pass
-    time.sleep(0.2)
+    while "tokens/s" not in (line := child.stderr.readline()):  # then prompts are running
+        assert line, "it ended before"
     child.send_signal(number)
-    _, err = child.communicate(timeout=60)
+    _, err = child.communicate(timeout=PATIENCE)
     assert child.returncode == code
     assert list(output.parent.iterdir()) == []
     assert "Traceback" not in err
@@ -516,8 +515,9 @@ def test_mse_scales_lower_the_error_on_held_out_prompts(
     arguments = ["--model_dir", source, "--output", output, "--max_prompt_tokens", 150, "--quiet", *flags]
     assert call(*arguments)[0] == 0
     importance = held_out(source)
-    plain = quantize(source, tmp_path / "plain", "--calib_mode", "mse")
-    aware = quantize(source, tmp_path / "aware", "--calib_mode", "mse", "--activation_stats", output)
+    mode = ["--calib_mode", "mse", "--scale_format", "bf16"]  # powers of two have no phase to choose
+    plain = quantize(source, tmp_path / "plain", *mode)
+    aware = quantize(source, tmp_path / "aware", *mode, "--activation_stats", output)
     before, after = (weighted_errors(source, q, importance) for q in (plain, aware))
     # Measured: 2.0 and 2.3 %. Only what norms put out is uneven here, not the inputs of o_proj, down_proj.
     assert sum(after.values()) < 0.985 * sum(before.values())
@@ -535,7 +535,7 @@ def test_rms_scales_lower_the_error_on_held_out_prompts(checkpoint, copy_of, tmp
     arguments = ["--model_dir", source, "--output", output, "--max_prompt_tokens", 150, "--quiet"]
     assert call(*arguments, "--layerwise")[0] == 0
     importance = held_out(source)
-    mode = ["--calib_mode", "rms", "--rms_factor", 2.8]
+    mode = ["--calib_mode", "rms", "--rms_factor", 2.8, "--scale_format", "bf16"]
     plain = quantize(source, tmp_path / "plain", *mode)
     aware = quantize(source, tmp_path / "aware", *mode, "--activation_stats", output)
     before, after = (weighted_errors(source, q, importance) for q in (plain, aware))

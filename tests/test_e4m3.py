@@ -1,7 +1,5 @@
 """The number format: what `quantize` writes is the nearest E4M3 number, and nothing else."""
 
-import json
-import struct
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +13,7 @@ from safetensors.torch import save_file
 import e4m3_reference as reference
 from fp8lib.numerics import e4m3
 from fp8lib.numerics.blocks import blocks
+from safetensors_by_hand import take_apart
 
 # Whole blocks, less than one, and ragged ends on either side or both.
 SHAPES = [(128, 128), (256, 384), (1, 1), (70, 128), (128, 33), (129, 257), (200, 300)]
@@ -216,10 +215,8 @@ def test_bytes_on_disk_are_the_codes_that_engines_read_back(tmp_path: Path):
     assert torch.equal(read.view(torch.uint8), codes.view(torch.uint8))
     assert torch.equal(e4m3.dequantize(read, read_scales), e4m3.dequantize(codes, scales))
 
-    data = file.read_bytes()  # and without any library: header, then one byte per weight
-    (length,) = struct.unpack("<Q", data[:8])
-    start, end = json.loads(data[8 : 8 + length])["weight"]["data_offsets"]
-    raw = np.frombuffer(data[8 + length :][start:end], dtype=np.uint8).reshape(200, 300)
+    header, data = take_apart(file)  # and without any library: one byte per weight
+    raw = np.frombuffer(data[slice(*header["weight"]["data_offsets"])], dtype=np.uint8).reshape(200, 300)
     per_element = reference.per_element(reference.numpy64(scales), (200, 300))
     expected = reference.nearest(reference.quotients(weights.numpy(), per_element))
     assert np.array_equal(reference.decode(raw), expected)

@@ -8,7 +8,6 @@ import os
 import pickle
 import shutil
 import socket
-import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import forked
+from safetensors_by_hand import put_together, read_header, take_apart
 from test_resume import assert_same
 
 CONFIG, INDEX, SHARD = "config.json", "model.safetensors.index.json", "model.safetensors"
@@ -37,11 +37,25 @@ def folder(checkpoint: Callable, copy_of: Callable) -> Path:
     return copy_of(checkpoint(MODEL[0], **MODEL[1]))
 
 
+def run_within(seconds: float, *arguments: object) -> forked.Ended:
+    """A run that takes so much processor time at most, and `MEMORY`.
+
+    What else the machine does (a core's other thread, its caches) can double the time of a run, not that of
+    the quickest of three.
+    """
+    for _ in range(3):
+        ended = forked.run(*arguments)
+        assert ended.grown < MEMORY
+        if ended.cpu < seconds:
+            return ended
+    raise AssertionError(f"it took {ended.cpu} s each time")
+
+
 def assert_refused(folder: Path, *flags: object, fragment: str = "") -> None:
     """Exit 2, one line that can be read on a terminal, in time, in bounds, and no output directory."""
     output = folder.parent / "out"
     around = sorted(os.listdir(folder.parent))
-    ended = forked.run("--input_dir", folder, "--output_dir", output, *flags, timeout=30)
+    ended = run_within(SECONDS, "--input_dir", folder, "--output_dir", output, *flags)
     assert (ended.rc, ended.out) == (2, ""), ended.err
     assert ended.err.startswith("error: ")
     assert ended.err.endswith("\n")
@@ -49,29 +63,17 @@ def assert_refused(folder: Path, *flags: object, fragment: str = "") -> None:
     assert len(ended.err) < 3000
     assert fragment in ended.err
     assert "--debug" not in ended.err, "an error that nobody has thought of"
-    assert ended.cpu < SECONDS
-    assert ended.grown < MEMORY
     assert sorted(os.listdir(folder.parent)) == around
 
 
 # --- headers -----------------------------------------------------------------------------------
 
 
-def read_header(path: Path) -> tuple[dict, bytes]:
-    raw = path.read_bytes()
-    length = int.from_bytes(raw[:8], "little")
-    return json.loads(raw[8 : 8 + length]), raw[8 + length :]
-
-
-def write_header(path: Path, header: bytes, data: bytes = b"") -> None:
-    path.write_bytes(struct.pack("<Q", len(header)) + header + data)
-
-
 def length(value: int) -> Callable[[Path], None]:
     """The header's length is another."""
 
     def spoil(path: Path) -> None:
-        path.write_bytes(struct.pack("<Q", value) + path.read_bytes()[8:])
+        path.write_bytes(value.to_bytes(8, "little") + path.read_bytes()[8:])
 
     return spoil
 
@@ -80,8 +82,8 @@ def text(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
     """The header's text is another."""
 
     def spoil(path: Path) -> None:
-        header, data = read_header(path)
-        write_header(path, change(json.dumps(header).encode()), data)
+        header, data = take_apart(path)
+        put_together(path, change(json.dumps(header).encode()), data)
 
     return spoil
 
@@ -90,9 +92,9 @@ def header(edit: Callable[[dict], object]) -> Callable[[Path], None]:
     """The header says something else."""
 
     def spoil(path: Path) -> None:
-        document, data = read_header(path)
+        document, data = take_apart(path)
         edit(document)
-        write_header(path, json.dumps(document).encode(), data)
+        put_together(path, document, data)
 
     return spoil
 
@@ -111,47 +113,47 @@ def added(name: str, dtype: str, shape: list[int], size: int = 0) -> Callable[[P
     """One tensor more, of `size` bytes that take no room on disk."""
 
     def spoil(path: Path) -> None:
-        document, data = read_header(path)
+        document, data = take_apart(path)
         document[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + size]}
-        write_header(path, json.dumps(document).encode(), data)
+        put_together(path, document, data)
         os.truncate(path, path.stat().st_size + size)
 
     return spoil
 
 
 def overlapping(path: Path) -> None:
-    document, data = read_header(path)
+    document, data = take_apart(path)
     first, second = sorted(
         (v for k, v in document.items() if k != "__metadata__"), key=lambda v: v["data_offsets"]
     )[:2]
     second["data_offsets"] = [x - 2 for x in second["data_offsets"]]
     assert first["data_offsets"][1] == second["data_offsets"][0] + 2
-    write_header(path, json.dumps(document).encode(), data)
+    put_together(path, document, data)
 
 
 def shifted(by: int) -> Callable[[Path], None]:
     """All offsets move, with the data."""
 
     def spoil(path: Path) -> None:
-        document, data = read_header(path)
+        document, data = take_apart(path)
         for entry in (v for k, v in document.items() if k != "__metadata__"):
             entry["data_offsets"] = [x + by for x in entry["data_offsets"]]
-        write_header(path, json.dumps(document).encode(), bytes(by) + data)
+        put_together(path, document, bytes(by) + data)
 
     return spoil
 
 
 def twice(path: Path) -> None:
     """The same name, once more, for the same bytes."""
-    document, data = read_header(path)
+    document, data = take_apart(path)
     raw = json.dumps(document).encode()
     again = json.dumps({NORM: document[NORM]}).encode()
-    write_header(path, raw[:-1] + b", " + again[1:], data)
+    put_together(path, raw[:-1] + b", " + again[1:], data)
 
 
 def a_million_tensors(path: Path) -> None:
     entry = b'"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
-    write_header(path, b"{" + b",".join(entry % i for i in range(1_000_000)) + b"}")
+    put_together(path, b"{" + b",".join(entry % i for i in range(1_000_000)) + b"}")
 
 
 def fused(count: int, size: int) -> Callable[[Path], None]:
@@ -167,7 +169,7 @@ def fused(count: int, size: int) -> Callable[[Path], None]:
 
 def many_fused(path: Path) -> None:
     """No byte of data, 90,000 tensors, and 4 billion experts."""
-    document, data = read_header(path)
+    document, data = take_apart(path)
     end = [len(data)] * 2
     for layer in range(1, 45_000):
         experts = f"model.layers.{layer}.mlp.experts"
@@ -177,7 +179,7 @@ def many_fused(path: Path) -> None:
             "data_offsets": end,
         }
         document[f"{experts}.down_proj"] = {"dtype": "BF16", "shape": [100_000, 128, 0], "data_offsets": end}
-    write_header(path, json.dumps(document).encode(), data)
+    put_together(path, document, data)
 
 
 HEADERS = {
@@ -188,7 +190,7 @@ HEADERS = {
     "of length 2^31": length(2**31),
     "of length 2^63": length(2**63),
     "of length 2^64 - 1": length(2**64 - 1),
-    "shorter than it is": lambda path: length(int.from_bytes(path.read_bytes()[:8], "little") - 1)(path),
+    "shorter than it is": lambda path: length(read_header(path)[1] - 9)(path),
     "of more than 100 MB": lambda path: (length(10**8 + 1)(path), os.truncate(path, 2 * 10**8)),
     "of 100 MB of zeros": lambda path: (length(10**8)(path), os.truncate(path, 2 * 10**8)),
     "of a file of 7 bytes": lambda path: path.write_bytes(b"1234567"),
@@ -672,13 +674,11 @@ def test_statistics_are_refused(make: Callable, folder: Path) -> None:
     make(path)
     limit = SECONDS if path.is_symlink() or not path.is_file() or path.stat().st_size < 10**8 else 4 * SECONDS
     output = folder.parent / "out"
-    ended = forked.run("--input_dir", folder, "--output_dir", output, "--activation_stats", path)
+    ended = run_within(limit, "--input_dir", folder, "--output_dir", output, "--activation_stats", path)
     assert (ended.rc, ended.out) == (2, ""), ended.err
     assert ended.err.startswith("error: ")
     assert ended.err[:-1].isprintable(), ended.err
     assert "--debug" not in ended.err
-    assert ended.cpu < limit
-    assert ended.grown < MEMORY
     assert not output.exists()
 
 
@@ -704,7 +704,7 @@ def test_statistics_of_another_dtype_are_refused(dtype: str, folder: Path) -> No
     path = folder.parent / "stats.safetensors"
     size = 128 * {"BF16": 2, "F16": 2, "F64": 8, "I64": 8, "U8": 1}[dtype]
     entry = {"dtype": dtype, "shape": [128], "data_offsets": [0, size]}
-    write_header(path, json.dumps({f"{WEIGHT}.input_channel_max": entry}).encode(), bytes(size))
+    put_together(path, {f"{WEIGHT}.input_channel_max": entry}, bytes(size))
     assert_refused(folder, "--activation_stats", path, fragment="F32")
 
 

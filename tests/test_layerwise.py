@@ -16,14 +16,16 @@ from safetensors.torch import load_file, save_file
 
 import tiny_checkpoints
 from calibration_runs import KINDS, NO_LIMIT, PAD, NoProgress, collect, plan_of, prompts_of
+from forked import PATIENCE
 from fp8lib import Fp8Error
 from fp8lib.calibration.input_statistics import InputStatistics
 from fp8lib.calibration.recording import Recorder
 from fp8lib.checkpoint.directory import Checkpoint, open_checkpoint
 from fp8lib.checkpoint.headers import ITEM_SIZE
-from fp8lib.model import layerwise
+from fp8lib.model import layerwise, stored_weights
 from fp8lib.model.prompts import Batch, make_batches
 from fp8lib.streaming.lanes import Files
+from safetensors_by_hand import put_together
 
 ROOT = Path(layerwise.__file__).parents[2]
 
@@ -98,7 +100,7 @@ def test_weights_pass_through_a_small_buffer_on_their_way_to_another_dtype(check
     path = checkpoint("dense", dtype=torch.float32)
     prompts = prompts_of([30])
     expected = collect_layerwise(path, prompts)
-    monkeypatch.setattr(layerwise, "_STAGING", 1000)  # divides no tensor evenly
+    monkeypatch.setattr(stored_weights, "_STAGING", 1000)  # divides no tensor evenly
     assert_same(collect_layerwise(path, prompts), expected)
 
 
@@ -173,7 +175,7 @@ def test_peak_memory_is_a_layer_and_the_hidden_states_and_a_gigabyte(tmp_path):
             sys.executable, "-c", REPORT_PEAK, ROOT / "collect_activation_stats.py", "--layerwise", "--quiet",
             "--model_dir", path, "--output", tmp_path / "stats.safetensors", "--prompts_file", prompts,
         ],
-        capture_output=True, encoding="utf-8", timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True, encoding="utf-8", timeout=PATIENCE, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     peak = int(done.stdout.rpartition("VmHWM:")[2].split()[0]) * 1024
@@ -209,14 +211,14 @@ def write_sparse(path: Path, **sizes: int) -> dict[str, int]:
         end += tensor.nbytes
         short = name.removeprefix("model.")
         by_layer[".".join(short.split(".")[:2]) if short.startswith("layers.") else short] += tensor.nbytes
-    text = json.dumps(header).encode()
-    with (path / "model.safetensors").open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
+    put_together(path / "model.safetensors", header)
+    with (path / "model.safetensors").open("r+b") as file:
+        length = file.seek(0, os.SEEK_END)
+        file.truncate(length + end)
         start, stop = header["model.embed_tokens.weight"]["data_offsets"]
         values = embedding.repeat(1, config.hidden_size // embedding.shape[1])
         assert values.nbytes == stop - start
-        file.seek(8 + len(text) + start)
+        file.seek(length + start)
         file.write(values.view(torch.uint8).numpy().tobytes())
     return dict(by_layer)
 

@@ -28,6 +28,7 @@ from fp8lib.streaming.shard_job import Settings
 from fp8lib.streaming.units import divide
 from fp8lib.verification.pairing import planned_pairs
 from fp8lib.verification.shard_check import ShardCheck
+from safetensors_by_hand import read_header
 from tiny_checkpoints import logits, mean_kl, tensors
 
 FP8 = torch.float8_e4m3fn
@@ -54,13 +55,6 @@ def modules(state: dict[str, torch.Tensor], *, fp8: bool) -> set[str]:
 def files(folder: Path) -> dict[str, bytes]:
     """Relative path -> bytes of every file."""
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def header(path: Path) -> tuple[int, dict]:
-    """(offset of the first tensor byte, JSON header) of a safetensors file, read by hand."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        return 8 + length, json.loads(file.read(length))
 
 
 # --- config.json -------------------------------------------------------------------------------
@@ -316,7 +310,7 @@ def test_tensors_are_aligned_to_their_dtype_and_leave_no_holes(
     kind: str, arguments: dict, checkpoint: Callable, quantized: Callable
 ) -> None:
     for path in quantized(checkpoint(kind, **arguments)).glob("*.safetensors"):
-        data_start, entries = header(path)
+        entries, data_start = read_header(path)
         assert data_start % 8 == 0  # as the safetensors library writes it
         entries.pop("__metadata__")
         end = 0
@@ -331,7 +325,7 @@ def test_tensors_are_aligned_to_their_dtype_and_leave_no_holes(
 def test_fp8_weights_begin_on_a_page(checkpoint: Callable, quantized: Callable) -> None:
     """So that whole rows of blocks are whole pages, which the writer sends to the disk directly."""
     for path in quantized(checkpoint("moe", shards=3)).glob("*.safetensors"):
-        data_start, entries = header(path)
+        entries, data_start = read_header(path)
         entries.pop("__metadata__")
         starts = [data_start + e["data_offsets"][0] for e in entries.values() if e["dtype"] == "F8_E4M3"]
         assert min(starts, default=0) % 4096 == 0
@@ -342,18 +336,18 @@ def test_direct_writes_make_the_same_files(
     checkpoint: Callable, cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple
 ) -> None:
     source = checkpoint("moe", shards=3, vocab_size=5001)  # an embedding that fills no whole pages
-    counts = {"direct": 0, "all": 0}
+    writes = []  # several threads write: `append` loses nothing, `+=` would
 
     def write_at(fd: int, offset: int, data: bytes | memoryview, path: Path) -> None:
-        counts["direct"] += len(data) * bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)
-        counts["all"] += len(data) * path.name.endswith(".safetensors")
+        if path.name.endswith(".safetensors"):
+            writes.append((len(data), bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)))
         plain_write_at(fd, offset, data, path)
 
     plain_write_at = writer.write_at
     monkeypatch.setattr(writer, "write_at", write_at)
     arguments = ["--input_dir", source, *flags, "--output_dir"]
     assert cli(*arguments, tmp_path / "direct").rc == 0
-    share = counts["direct"] / counts["all"]
+    share = sum(n for n, is_direct in writes if is_direct) / sum(n for n, _ in writes)
     with monkeypatch.context() as patch:
         patch.setattr(direct, "_FILE_SYSTEMS", set())
         assert cli(*arguments, tmp_path / "cached").rc == 0
@@ -502,9 +496,9 @@ sys.addaudithook(_note_renames)
 
 def test_config_is_the_last_file_to_get_its_name(tmp_path: Path, checkpoint: Callable, cli: Callable) -> None:
     global _renamed
+    source = checkpoint("text", tokenizer=True, shards=3)
     _renamed = []
     try:
-        source = checkpoint("text", tokenizer=True, shards=3)
         assert cli("--input_dir", source, "--output_dir", tmp_path / "out").rc == 0
         order = _renamed
     finally:
@@ -579,12 +573,20 @@ def statistics_file(folder: Path, source: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("mode", MODES)
+CALIBRATIONS = [
+    *map(Calibration, MODES),
+    Calibration("rms", scale_format="bf16"),
+    Calibration("mse", scale_format="bf16"),
+]
+
+
+@pytest.mark.parametrize("calibration", CALIBRATIONS, ids=str)
 def test_neither_workers_nor_repetition_change_a_byte(
-    mode: str, tmp_path: Path, checkpoint: Callable, cli: Callable
+    calibration: Calibration, tmp_path: Path, checkpoint: Callable, cli: Callable
 ) -> None:
     source = checkpoint("moe", shards=3)
-    flags = ["--calib_mode", mode, "--activation_stats", statistics_file(tmp_path, source)]
+    flags = ["--calib_mode", calibration.mode, "--scale_format", calibration.scale_format]
+    flags += ["--activation_stats", statistics_file(tmp_path, source)]
     found = {}
     for run, workers in (("first", 1), ("again", 1), ("two", 2), ("five", 5)):
         folder = tmp_path / run
@@ -607,9 +609,9 @@ def test_the_same_command_again_changes_nothing_and_says_the_same(
     assert files(tmp_path / "out") == before
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("calibration", CALIBRATIONS, ids=str)
 def test_the_size_of_a_piece_changes_no_byte_and_no_measurement(
-    mode: str, tmp_path: Path, checkpoint: Callable
+    calibration: Calibration, tmp_path: Path, checkpoint: Callable
 ) -> None:
     source = checkpoint("text", hidden_size=448, intermediate_size=1024)  # down_proj: [448, 1024]
     plan = make_plan(open_checkpoint(source))
@@ -622,7 +624,7 @@ def test_the_size_of_a_piece_changes_no_byte_and_no_measurement(
     for piece in (0, 1, 256 * 1024 + 1, 2**40):  # default, one row of blocks, two of them, all at once
         folder = tmp_path / str(piece)
         folder.mkdir()
-        convert = Nearest(Calibration(mode), statistics.importance)
+        convert = Nearest(calibration, statistics.importance)
         settings = Settings(convert, torch.device("cpu"), 2, piece=piece)
         work = divide(list(plan.shards), 1, False)
         done = [each for each in process(work, folder, settings, check=check) if each.final]
@@ -633,12 +635,12 @@ def test_the_size_of_a_piece_changes_no_byte_and_no_measurement(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("calibration", CALIBRATIONS, ids=str)
 def test_cuda_writes_the_same_bytes_as_the_cpu(
-    mode: str, weighted: bool, tmp_path: Path, checkpoint: Callable, cli: Callable
+    calibration: Calibration, weighted: bool, tmp_path: Path, checkpoint: Callable, cli: Callable
 ) -> None:
     source = checkpoint("moe", shards=3)
-    flags = ["--calib_mode", mode]
+    flags = ["--calib_mode", calibration.mode, "--scale_format", calibration.scale_format]
     flags += ["--activation_stats", statistics_file(tmp_path, source)] if weighted else []
     found = []
     for device in ("cpu", "cuda"):

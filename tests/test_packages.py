@@ -18,7 +18,17 @@ MAY_IMPORT = {
     "verification": {"streaming", "checkpoint", "numerics", "terminal"},
     "model": {"streaming", "checkpoint", "numerics"},
     "calibration": {"model", "verification", "streaming", "checkpoint", "numerics", "terminal"},
-    "job": {"calibration", "model", "verification", "streaming", "checkpoint", "numerics", "terminal"},
+    "outputs": {"model", "verification", "streaming", "checkpoint", "numerics", "terminal"},
+    "job": {
+        "calibration",
+        "outputs",
+        "model",
+        "verification",
+        "streaming",
+        "checkpoint",
+        "numerics",
+        "terminal",
+    },
     "terminal": set(),
     "command_line": {"job", "terminal"},
 }

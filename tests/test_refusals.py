@@ -24,6 +24,7 @@ from conftest import Result
 from fp8lib import Fp8Error
 from fp8lib.checkpoint.directory import open_checkpoint
 from fp8lib.checkpoint.plan import make_plan
+from safetensors_by_hand import edit_header, put_together, read_header
 
 INDEX = "model.safetensors.index.json"
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -58,16 +59,6 @@ def edit_state(path: Path, edit: Callable[[dict[str, torch.Tensor]], object]) ->
     state = {name: tensor.clone() for name, tensor in load_file(path).items()}
     edit(state)
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
-
-
-def edit_header(path: Path, edit: Callable[[dict], object]) -> None:
-    """Change the header of a shard and leave its data as they are."""
-    raw = path.read_bytes()
-    length = int.from_bytes(raw[:8], "little")
-    header = json.loads(raw[8 : 8 + length])
-    edit(header)
-    text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
 
 
 def shard_of(folder: Path, name: str) -> Path:
@@ -401,8 +392,9 @@ def test_no_damage_to_a_header_gets_past_as_anything_but_a_refusal(
     if not folder.exists():
         shutil.copytree(checkpoint(kind, **arguments), folder)
     shard = folder / "model.safetensors"
-    raw = bytearray((checkpoint(kind, **arguments) / "model.safetensors").read_bytes())
-    length = 8 + int.from_bytes(raw[:8], "little")
+    original = checkpoint(kind, **arguments) / "model.safetensors"
+    raw = bytearray(original.read_bytes())
+    _, length = read_header(original)
     for _ in range(data.draw(st.integers(1, 4))):
         raw[data.draw(st.integers(0, length - 1))] = data.draw(st.integers(0, 255))
     shard.write_bytes(raw)
@@ -557,15 +549,14 @@ def test_a_checkpoint_larger_than_the_disk_is_refused_at_once(
     folder = copy_of(checkpoint(*FUSED[:1], **FUSED[1]))
     elements = shutil.disk_usage(tmp_path).free  # of 2 bytes: twice what is free
     header = {"model.visual.huge": {"dtype": "BF16", "shape": [elements], "data_offsets": [0, 2 * elements]}}
-    text = json.dumps(header).encode()
-    with (folder / "huge.safetensors").open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        try:
-            file.truncate(8 + len(text) + 2 * elements)
-        except OSError as error:
-            if error.errno != errno.EFBIG:
-                raise
-            pytest.skip("this file system has more free space than its largest file may have")
+    huge = folder / "huge.safetensors"
+    put_together(huge, header)
+    try:
+        os.truncate(huge, huge.stat().st_size + 2 * elements)
+    except OSError as error:
+        if error.errno != errno.EFBIG:
+            raise
+        pytest.skip("this file system has more free space than its largest file may have")
     result = cli("--input_dir", folder, "--output_dir", tmp_path / "out")
     assert_refused(result, str(tmp_path / "out"), "are free", "free some space")
     assert not (tmp_path / "out").exists()

@@ -9,6 +9,8 @@ import pytest
 
 import quantize_fp8
 
+pytestmark = pytest.mark.xdist_group("scale")  # one run of the benchmark for all
+
 BENCHMARKS = Path(quantize_fp8.__file__).resolve().parent / "benchmarks"
 
 

@@ -1,4 +1,7 @@
-"""The calibration modes: every scale is the one that the README's formula, in float64, asks for.
+"""The calibration modes: every scale is the one that the formula of docs/modes.md, in float64, asks for.
+
+Here with BF16 scales; what holds in every mode holds for powers of two as well. test_powers_of_two.py has the
+rest of these.
 
 Weights are BF16 unless a test says otherwise, as in a checkpoint. All data is seeded.
 """
@@ -24,14 +27,20 @@ from fp8lib.numerics.scales import block_scales, quantize_blocks
 # Whole blocks, less than one, and ragged ends on either side or both.
 SHAPES = [(128, 128), (256, 384), (70, 128), (128, 33), (200, 300)]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+bf16 = partial(Calibration, scale_format="bf16")
 ALL_MODES = [
+    bf16("max"),
+    bf16("rms"),
+    bf16("rms", rms_saturate=True),
+    bf16("percentile"),
+    bf16("percentile", percentile=50.0),
+    bf16("mse"),
+    bf16("mse", mse_grid_size=16),
     Calibration("max"),
     Calibration("rms"),
     Calibration("rms", rms_saturate=True),
     Calibration("percentile"),
-    Calibration("percentile", percentile=50.0),
     Calibration("mse"),
-    Calibration("mse", mse_grid_size=16),
 ]
 SMALLEST = reference.SMALLEST_NORMAL
 
@@ -173,7 +182,7 @@ def assert_searched(
     weights: torch.Tensor, a: torch.Tensor | None, within: float = 1e-3, grid_size: int = PHASES
 ) -> None:
     """Every block's loss, from the codes as they are, is the brute-force minimum or close to it."""
-    codes, scales = quantize_blocks(weights, Calibration("mse", mse_grid_size=grid_size), a)
+    codes, scales = quantize_blocks(weights, bf16("mse", mse_grid_size=grid_size), a)
     original = reference.numpy64(weights)
     restored = reference.numpy64(codes) * reference.per_element(reference.numpy64(scales), original.shape)
     importance = np.ones(weights.shape[1]) if a is None else array(a)
@@ -206,7 +215,7 @@ def total_loss(weights: torch.Tensor, calibration: Calibration, a: torch.Tensor 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_max_scale_is_the_blocks_largest_weight_over_448(dtype: torch.dtype, shape: tuple[int, int]):
     weights = gaussian(shape).to(dtype)
-    scales = scales_of(weights, Calibration("max"))
+    scales = scales_of(weights, bf16("max"))
     for i, j, block in reference.tiles(reference.numpy64(weights)):
         assert scales[i, j] == reference.to_bf16(np.abs(block).max() / 448)
 
@@ -216,7 +225,7 @@ def test_max_error_is_at_most_a_28th_of_the_blocks_largest_weight():
     # moves it by 2^-8 at most. Other phases reach 1/17, at a weight just above a power of two.
     for seed in range(4):
         weights = gaussian((256, 256), seed).bfloat16()
-        codes, scales = quantize_blocks(weights, Calibration("max"))
+        codes, scales = quantize_blocks(weights, bf16("max"))
         error = reference.numpy64(e4m3.dequantize(codes, scales)) - reference.numpy64(weights)
         for (_, _, block), (_, _, off) in zip(
             reference.tiles(reference.numpy64(weights)), reference.tiles(error), strict=True
@@ -241,7 +250,7 @@ def test_saturating_rms_scale_is_k_times_rms_over_448(
     dtype: torch.dtype, shape: tuple[int, int], factor: float, statistics: str
 ):
     weights, a = gaussian(shape).to(dtype), STATISTICS[statistics](shape[1])
-    scales = scales_of(weights, Calibration("rms", rms_factor=factor, rms_saturate=True), a)
+    scales = scales_of(weights, bf16("rms", rms_factor=factor, rms_saturate=True), a)
     for i, j, block in reference.tiles(reference.numpy64(weights)):
         rms = exact_rms(block, None if a is None else array(a)[j * 128 : j * 128 + 128])
         assert_is_rounded(scales[i, j], factor * rms / 448)
@@ -255,8 +264,8 @@ def test_rms_scale_is_doubled_until_nothing_saturates_and_no_further(
 ):
     weights = make((200, 300)).bfloat16()
     a = STATISTICS[statistics](300)
-    start = scales_of(weights, Calibration("rms", rms_factor=factor, rms_saturate=True), a)
-    scales = scales_of(weights, Calibration("rms", rms_factor=factor), a)
+    start = scales_of(weights, bf16("rms", rms_factor=factor, rms_saturate=True), a)
+    scales = scales_of(weights, bf16("rms", rms_factor=factor), a)
     doublings = np.log2(scales / start)
     for i, j, block in reference.tiles(reference.numpy64(weights)):
         if not block.any():
@@ -270,18 +279,18 @@ def test_rms_scale_is_doubled_until_nothing_saturates_and_no_further(
 def test_rms_scale_that_fits_exactly_is_not_doubled():
     # 16 weights of 7/8 in a 4x4 edge block: rms = amax, and k = 1 gives amax/448 = 2^-9, a BF16 number.
     weights = torch.full((4, 4), 0.875).bfloat16()
-    assert scales_of(weights, Calibration("rms", rms_factor=1.0)).item() == 2.0**-9
+    assert scales_of(weights, bf16("rms", rms_factor=1.0)).item() == 2.0**-9
     # The next smaller BF16 scale would saturate, so that one is doubled.
-    assert scales_of(weights, Calibration("rms", rms_factor=0.996)).item() == 2.0**-9 * (1 - 2**-8) * 2
+    assert scales_of(weights, bf16("rms", rms_factor=0.996)).item() == 2.0**-9 * (1 - 2**-8) * 2
 
 
 def test_rms_of_a_block_whose_channels_never_saw_a_signal_is_the_plain_one():
     weights = gaussian((128, 256)).bfloat16()
     a = mild(256)
     a[:128] = 0
-    with_zeros, plain = (scales_of(weights, Calibration("rms"), s) for s in (a, None))
+    with_zeros, plain = (scales_of(weights, bf16("rms"), s) for s in (a, None))
     assert with_zeros[0, 0] == plain[0, 0]
-    assert with_zeros[0, 1] == scales_of(weights[:, 128:], Calibration("rms"), a[128:]).item()
+    assert with_zeros[0, 1] == scales_of(weights[:, 128:], bf16("rms"), a[128:]).item()
 
 
 @pytest.mark.parametrize("largest", [1.0, 1170.0, 1e4, 1e30])
@@ -290,7 +299,7 @@ def test_rms_saturates_nothing_that_statistics_call_silent(largest: float, other
     # The one channel with a signal holds next to nothing: rms says nothing of how large the others are.
     weights, a = (gaussian((128, 256)) * largest * 10).bfloat16(), torch.zeros(256)
     weights[:, ::128], a[::128] = others, 1
-    codes, scales = quantize_blocks(weights, Calibration("rms"), a)
+    codes, scales = quantize_blocks(weights, bf16("rms"), a)
     amax = weights.float().abs().view(128, 2, 128).amax(dim=(0, 2))
     assert (amax <= 448 * scales.float()).all()
     assert (amax > 448 * scales.float() / 4).all()
@@ -299,7 +308,7 @@ def test_rms_saturates_nothing_that_statistics_call_silent(largest: float, other
 
 def test_rms_saturates_nothing_with_the_smallest_factor():
     weights = (gaussian((128, 128)) * 1e30).bfloat16()
-    scale = scales_of(weights, Calibration("rms", rms_factor=1e-300)).item()
+    scale = scales_of(weights, bf16("rms", rms_factor=1e-300)).item()
     amax = weights.float().abs().max().item()
     assert 448 * scale / 2 < amax <= 448 * scale
 
@@ -315,7 +324,7 @@ def test_percentile_scale_is_numpys_percentile_over_448(
 ):
     # numpy interpolates linearly between order statistics; an edge block's padding must not count.
     weights = gaussian(shape).to(dtype)
-    scales = scales_of(weights, Calibration("percentile", percentile=percentile))
+    scales = scales_of(weights, bf16("percentile", percentile=percentile))
     for i, j, block in reference.tiles(reference.numpy64(weights)):
         assert_is_rounded(scales[i, j], np.percentile(np.abs(block), percentile) / 448)
 
@@ -325,12 +334,12 @@ def test_percentile_of_a_handful_of_weights(shape: tuple[int, int]):
     weights = gaussian(shape).bfloat16()
     for percentile in (1.0, 50.0, 99.9):
         exact = np.percentile(np.abs(reference.numpy64(weights)), percentile) / 448
-        assert_is_rounded(scales_of(weights, Calibration("percentile", percentile=percentile)).item(), exact)
+        assert_is_rounded(scales_of(weights, bf16("percentile", percentile=percentile)).item(), exact)
 
 
 def test_percentile_clips_what_lies_above():
     weights = gaussian((128, 128)).bfloat16()
-    codes, scales = quantize_blocks(weights, Calibration("percentile", percentile=99.0))
+    codes, scales = quantize_blocks(weights, bf16("percentile", percentile=99.0))
     beyond = np.abs(reference.numpy64(weights)) > 464 * reference.numpy64(scales)
     # 1 % of 16384 weights lies above the percentile; the nearest of them still round to 448 unclipped.
     assert 100 < beyond.sum() <= 164
@@ -339,7 +348,7 @@ def test_percentile_clips_what_lies_above():
 
 def test_hundredth_percentile_is_max():
     weights = gaussian((200, 300)).bfloat16()
-    both = [scales_of(weights, c) for c in (Calibration("percentile", percentile=100.0), Calibration("max"))]
+    both = [scales_of(weights, c) for c in (bf16("percentile", percentile=100.0), bf16("max"))]
     assert np.array_equal(*both)
 
 
@@ -419,7 +428,7 @@ def test_mse_clips_an_outlier_in_a_channel_that_hardly_matters():
     # sees a billionth of what the others see. Half of amax/448 is the smallest scale that is tried.
     weights, a = gaussian((128, 128)).bfloat16(), torch.ones(128)
     weights[7, 9], a[9] = 400.0, 1e-9
-    assert 400 / 896 <= scales_of(weights, Calibration("mse"), a).item() < 400 / 464
+    assert 400 / 896 <= scales_of(weights, bf16("mse"), a).item() < 400 / 464
     assert_searched(weights, a)
 
 
@@ -428,7 +437,7 @@ def test_mse_counts_alike_however_many_blocks_at_a_time(statistics: str):
     # A CPU counts 16 blocks at a time, with 16-bit indices; CUDA all of a piece, with 32-bit indices.
     weights, a = mixed((384, 1280)).bfloat16(), STATISTICS[statistics](1280)
     codes = exact.magnitude_bits(weights)
-    amax = scales._block_amax(weights, codes)
+    amax = scales._column_amax(weights, codes).view(3, -1, 128).amax(dim=2)
     importance = None if a is None else kernels._as_integers(kernels.per_block_column(a))[0]
     all_at_once = kernels._histograms(codes, amax, importance, 30)
     for group in (1, 7, 16):
@@ -448,7 +457,7 @@ def test_mse_serves_the_only_channel_that_matters_however_small_its_weights(othe
 @pytest.mark.parametrize("family", FAMILIES)
 def test_mse_scale_stays_between_half_and_twice_the_max_scale(family: str, statistics: str):
     weights = FAMILIES[family]((200, 300)).bfloat16()
-    scales = scales_of(weights, Calibration("mse"), STATISTICS[statistics](300))
+    scales = scales_of(weights, bf16("mse"), STATISTICS[statistics](300))
     for i, j, block in reference.tiles(reference.numpy64(weights)):
         if amax := np.abs(block).max():
             # Half a BF16 step below amax/448 still rounds amax to 448.
@@ -458,7 +467,7 @@ def test_mse_scale_stays_between_half_and_twice_the_max_scale(family: str, stati
 def test_mse_is_never_worse_than_any_other_mode():
     for family in ("gaussian", "student t, 5 degrees", "outliers of 10^4", "uneven channels"):
         weights = FAMILIES[family]((256, 256)).bfloat16()
-        best = total_loss(weights, Calibration("mse"))
+        best = total_loss(weights, bf16("mse"))
         for other in ALL_MODES:
             assert best <= total_loss(weights, other) * 1.001, (family, str(other))
 
@@ -473,7 +482,7 @@ def test_mse_of_float16_and_float32_is_close_to_brute_force_on_gaussian_weights(
 @pytest.mark.parametrize("family", ["gaussian", "student t, 2 degrees", "outliers of 10^3", "uniform"])
 def test_mse_of_float16_and_float32_clips_nothing(family: str, dtype: torch.dtype):
     weights = FAMILIES[family]((256, 256)).to(dtype)
-    scales = scales_of(weights, Calibration("mse"))
+    scales = scales_of(weights, bf16("mse"))
     for i, j, block in reference.tiles(reference.numpy64(weights)):
         assert np.abs(block).max() <= 464 * scales[i, j]  # 464 still rounds to 448
 
@@ -486,7 +495,7 @@ def test_mse_of_float16_and_float32_counts_a_largest_weight_that_bf16_rounds_up(
     # 1.997 is counted as 2, in an octave of its own; beside it all is so small that it is counted one by one.
     weights = torch.full((128, 128 * blocks), 2.0**-15, dtype=dtype)
     weights[0, ::128] = 1.997
-    codes, scales = quantize_blocks(weights, Calibration("mse"))
+    codes, scales = quantize_blocks(weights, bf16("mse"))
     restored = e4m3.dequantize(codes, scales)[0, ::128]
     assert (restored - 1.997).abs().max() <= 1.997 / 16
     assert torch.equal(scales, scales[:, :1].expand_as(scales))
@@ -495,23 +504,21 @@ def test_mse_of_float16_and_float32_counts_a_largest_weight_that_bf16_rounds_up(
 def test_a_grid_of_n_phases_uses_at_most_n_mantissas():
     weights = torch.cat([gaussian((128, 128 * 40), 1), student_t((128, 128 * 40), 5, 2)], dim=1).bfloat16()
     for n in (1, 3, 16, 100):
-        mantissas, _ = np.frexp(scales_of(weights, Calibration("mse", mse_grid_size=n)))
+        mantissas, _ = np.frexp(scales_of(weights, bf16("mse", mse_grid_size=n)))
         assert len(np.unique(mantissas)) <= n
 
 
 def test_a_finer_grid_is_never_worse():
     # Grids of powers of two contain each other.
     weights = torch.cat([gaussian((128, 1280)), outliers((128, 1280), 1e5)], dim=0).bfloat16()
-    losses = [total_loss(weights, Calibration("mse", mse_grid_size=2**n)) for n in range(8)]
+    losses = [total_loss(weights, bf16("mse", mse_grid_size=2**n)) for n in range(8)]
     assert all(fine <= coarse * (1 + 1e-12) for coarse, fine in pairwise(losses))
     assert losses[-1] < losses[0]
 
 
 def test_sixteen_phases_come_within_one_percent_of_all():
     weights = gaussian((512, 512)).bfloat16()  # measured: 0.6 %
-    assert total_loss(weights, Calibration("mse", mse_grid_size=16)) < 1.01 * total_loss(
-        weights, Calibration("mse")
-    )
+    assert total_loss(weights, bf16("mse", mse_grid_size=16)) < 1.01 * total_loss(weights, bf16("mse"))
 
 
 # --- what holds in every mode ------------------------------------------------------------------
@@ -570,7 +577,7 @@ def test_scales_of_weights_times_a_power_of_two_are_scales_times_it(calibration:
     # No absolute size is built in anywhere: 2^-70 and 2^70 reach both ends of what float32 can square.
     weights, a = mixed((200, 300)).bfloat16(), mild(300)
     codes, scales = quantize_blocks(weights, calibration, a)
-    zero = scales == 1
+    zero = block_scales(weights, calibration, a)[1] == 0
     assert zero.sum() == 1  # the patchwork's one block of zeros among 2 x 3
     for power in (-70, -1, 1, 70):
         moved_codes, moved = quantize_blocks(weights * 2.0**power, calibration, a)
@@ -608,7 +615,8 @@ def test_statistics_matter_to_the_modes_that_say_so(calibration: Calibration):
     changed = not torch.equal(
         block_scales(weights, calibration)[0], block_scales(weights, calibration, wide(256))[0]
     )
-    assert changed == calibration.uses_activations
+    # Powers of two have one phase; test_powers_of_two.py shows what statistics can change there.
+    assert changed == (calibration.uses_activations and not calibration.powers_of_two)
 
 
 @pytest.mark.parametrize("calibration", ALL_MODES, ids=str)
@@ -724,7 +732,7 @@ def test_no_weight_is_off_by_more_than_half_a_step_unless_it_is_clipped(
 @given(bits=BLOCK_OF_ANYTHING, factor=st.floats(1e-4, 1e2))
 def test_rms_with_any_factor_saturates_nothing(bits: np.ndarray, factor: float):
     weights = from_bits(bits)
-    scale = scales_of(weights, Calibration("rms", rms_factor=factor)).item()
+    scale = scales_of(weights, bf16("rms", rms_factor=factor)).item()
     assert np.abs(reference.numpy64(weights)).max() <= 448 * scale
 
 
@@ -759,34 +767,34 @@ def test_mse_meets_brute_force_on_any_small_block(bits: np.ndarray, exponents: l
 
 
 def test_max_reaches_cosine_99965_on_gaussian_blocks():
-    assert cosine(gaussian((1024, 1024)).bfloat16(), Calibration("max")) == pytest.approx(0.99965, abs=1e-5)
+    assert cosine(gaussian((1024, 1024)).bfloat16(), bf16("max")) == pytest.approx(0.99965, abs=1e-5)
 
 
 def test_no_scale_gets_past_cosine_99966_on_gaussian_blocks():
     # mse is the best of all BF16 scales, see above.
-    best = cosine(gaussian((1024, 1024)).bfloat16(), Calibration("mse"))
+    best = cosine(gaussian((1024, 1024)).bfloat16(), bf16("mse"))
     assert best == pytest.approx(0.99966, abs=1e-5)
 
 
 def test_clipping_at_three_rms_costs_gaussian_blocks_more_than_any_scale_gains():
     weights = gaussian((1024, 1024)).bfloat16()
-    clipped = cosine(weights, Calibration("rms", rms_saturate=True))
+    clipped = cosine(weights, bf16("rms", rms_saturate=True))
     assert clipped == pytest.approx(0.99945, abs=2e-5)
-    assert cosine(weights, Calibration("rms")) == pytest.approx(0.99965, abs=1e-5)
+    assert cosine(weights, bf16("rms")) == pytest.approx(0.99965, abs=1e-5)
 
 
 def test_clipping_at_three_rms_ruins_heavy_tails():
     weights = student_t((1024, 1024), 5).bfloat16()
     # 0.987 to 0.988 from seed to seed: a few weights in the tail decide.
-    assert 0.985 < cosine(weights, Calibration("rms", rms_saturate=True)) < 0.989
-    for calibration in (Calibration("max"), Calibration("rms"), Calibration("mse")):
+    assert 0.985 < cosine(weights, bf16("rms", rms_saturate=True)) < 0.989
+    for calibration in (bf16("max"), bf16("rms"), bf16("mse")):
         assert cosine(weights, calibration) > 0.99964
 
 
 def test_twice_the_scale_rounds_nothing_differently_while_weights_stay_normal():
     weights = uniform((128, 128)).bfloat16()
     weights[weights.abs() < 0.001] = 0.001  # within 2^6 of amax: normal under both scales
-    scales = block_scales(weights, Calibration("max"))[0]
+    scales = block_scales(weights, bf16("max"))[0]
     once, twice = (
         e4m3.dequantize(e4m3.quantize(weights, s, saturate=False), s) for s in (scales, 2 * scales)
     )
@@ -798,7 +806,7 @@ def test_mse_gains_a_few_percent_of_the_loss_over_max_and_more_with_statistics()
     # square of sigma 1), 12 %. A few channels carry the sum then, and a phase can suit them.
     weights = gaussian((1024, 1024)).bfloat16()
     a = torch.exp(2 * torch.randn(1024, generator=seeded(7)))
-    plain = total_loss(weights, Calibration("mse")) / total_loss(weights, Calibration("max"))
+    plain = total_loss(weights, bf16("mse")) / total_loss(weights, bf16("max"))
     assert 0.96 < plain < 0.98
-    weighted = total_loss(weights, Calibration("mse"), a) / total_loss(weights, Calibration("max"), a)
+    weighted = total_loss(weights, bf16("mse"), a) / total_loss(weights, bf16("max"), a)
     assert 0.80 < weighted < 0.92

@@ -19,8 +19,9 @@ from fp8lib.checkpoint.headers import read_shard
 from fp8lib.checkpoint.layout import Passthrough, ShardPlan
 from fp8lib.numerics.modes import Calibration
 from fp8lib.numerics.scales import quantize_blocks
+from fp8lib.numerics.served import requantize
 from fp8lib.verification.health import Measurement, Zone, zone_of
-from fp8lib.verification.measure import Errors, combine, measure
+from fp8lib.verification.measure import Errors, Sums, combine, measure
 from fp8lib.verification.pairing import structural_problems
 from fp8lib.verification.shard_check import sample
 
@@ -34,7 +35,7 @@ def gaussian(shape: tuple[int, int], seed: int = 0) -> torch.Tensor:
 
 
 def quantized(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return quantize_blocks(weights, Calibration("max"))
+    return quantize_blocks(weights, Calibration("max", scale_format="bf16"))
 
 
 def measured(weights: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> Measurement:
@@ -44,18 +45,46 @@ def measured(weights: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -
 def in_float64(weights: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> Measurement:
     """The same metrics by their definitions."""
     w = reference.numpy64(weights)
-    restored = reference.numpy64(codes) * reference.per_element(reference.numpy64(scales), w.shape)
-    error = np.abs(w - restored)
-    cosine = (w * restored).sum() / (np.linalg.norm(w) * np.linalg.norm(restored))
-    return Measurement("w", float(cosine), error.mean(), error.max(), np.abs(w).max())
+    powers = requantize(codes, scales)  # test_powers_of_two.py compares it with what engines do
+
+    def values(codes: torch.Tensor, scales: torch.Tensor) -> np.ndarray:
+        return reference.numpy64(codes) * reference.per_element(reference.numpy64(scales), w.shape)
+
+    def metrics(restored: np.ndarray, prefix: str) -> dict[str, float]:
+        error = np.abs(w - restored)
+        return {
+            f"{prefix}cosine": float((w * restored).sum() / (np.linalg.norm(w) * np.linalg.norm(restored))),
+            f"{prefix}relative": float(np.linalg.norm(error) / np.linalg.norm(w)),
+            f"{prefix}mean_abs": error.mean(),
+            f"{prefix}max_abs": error.max(),
+        }
+
+    written, served = values(codes, scales), values(*powers)
+    changed = int((written.astype("f") != served.astype("f")).sum())
+    return Measurement(
+        "w", amax=np.abs(w).max(), requantized=changed, **metrics(written, ""), **metrics(served, "served_")
+    )
+
+
+def lossless(amax: float) -> Measurement:
+    """Of weights that are restored as they were, in the file and as served."""
+    nothing = {"cosine": 1.0, "relative": 0.0, "mean_abs": 0.0, "max_abs": 0.0}
+    served = {f"served_{metric}": value for metric, value in nothing.items()}
+    return Measurement("w", amax=amax, requantized=0, **nothing, **served)
 
 
 def assert_same(found: Measurement, expected: Measurement) -> None:
     # float32 sums of up to 200,000 terms are off by some 1e-7; it is 1 - cosine whose digits count.
-    assert 1 - found.cosine == pytest.approx(1 - expected.cosine, rel=1e-5, abs=1e-9)
-    assert found.mean_abs == pytest.approx(expected.mean_abs, rel=1e-5)
-    assert found.max_abs == pytest.approx(expected.max_abs, rel=1e-6)  # one float32 subtraction
-    assert found.amax == expected.amax
+    for prefix in ("", "served_"):
+        metric = {
+            field: (getattr(found, prefix + field), getattr(expected, prefix + field))
+            for field in ("cosine", "relative", "mean_abs", "max_abs")
+        }
+        cosine, its = metric["cosine"]
+        assert 1 - cosine == pytest.approx(1 - its, rel=1e-5, abs=1e-9)
+        for field, rel in (("relative", 1e-5), ("mean_abs", 1e-5), ("max_abs", 1e-6)):
+            assert metric[field][0] == pytest.approx(metric[field][1], rel=rel), prefix + field
+    assert (found.amax, found.requantized) == (expected.amax, expected.requantized)
 
 
 # --- the three metrics -------------------------------------------------------------------------
@@ -91,12 +120,12 @@ def test_scales_in_float32_measure_like_the_same_in_bf16():
 
 def test_exact_restoration_is_cosine_one_and_no_error():
     weights = torch.full((200, 300), 0.4375).bfloat16()  # 448 * 2^-10
-    assert measured(weights, *quantized(weights)) == Measurement("w", 1.0, 0.0, 0.0, 0.4375)
+    assert measured(weights, *quantized(weights)) == lossless(0.4375)
 
 
 def test_all_zero_weights_restored_as_zero_are_cosine_one():
     weights = torch.zeros(200, 300, dtype=torch.bfloat16)
-    assert measured(weights, *quantized(weights)) == Measurement("w", 1.0, 0.0, 0.0, 0.0)
+    assert measured(weights, *quantized(weights)) == lossless(0.0)
 
 
 def test_weights_restored_as_zero_are_cosine_zero():
@@ -172,12 +201,14 @@ def test_metrics_scale_with_the_weights(power: int):
     codes, scales = quantized(weights)
     plain = measured(weights, codes, scales)
     found = measured(weights * 2.0**power, codes, scales * 2.0**power)
-    assert_same(
-        found,
-        Measurement(
-            "w", plain.cosine, plain.mean_abs * 2**power, plain.max_abs * 2**power, plain.amax * 2**power
-        ),
-    )
+    # As served they do so only above 1e-4, what engines take amax for at least.
+    for field in ("mean_abs", "max_abs", "amax"):
+        assert getattr(found, field) == pytest.approx(getattr(plain, field) * 2.0**power, rel=1e-5)
+    for field in ("cosine", "relative"):
+        assert getattr(found, field) == pytest.approx(getattr(plain, field), rel=1e-5)
+    if power > 0:
+        assert found.requantized == plain.requantized
+        assert found.served_relative == pytest.approx(plain.served_relative, rel=1e-5)
 
 
 # --- pieces ------------------------------------------------------------------------------------
@@ -198,10 +229,16 @@ def test_pieces_add_up_to_the_matrix(rows: int):
 
 
 def test_combining_keeps_the_name_and_weighs_pieces_by_their_size():
-    large = Errors(count=300, original=9.0, restored=9.0, difference=0.5, absolute=3.0, max_abs=0.1, amax=2.0)
-    small = Errors(count=100, original=7.0, restored=7.0, difference=0.5, absolute=5.0, max_abs=0.3, amax=1.0)
+    large, small = Sums(9.0, 0.5, 3.0, 0.1), Sums(7.0, 0.5, 5.0, 0.3)
+    twice = Sums(9.0, 2.0, 6.0, 0.2)
+    pieces = [Errors(300, 9.0, 2.0, large, twice, 7), Errors(100, 7.0, 1.0, small, small, 5)]
+    found = combine("model.w", pieces)
     # cosine (16 + 16 - 1) / (2 * 16); 8.0 over 400 weights; the larger of each maximum
-    assert combine("model.w", [large, small]) == Measurement("model.w", 31 / 32, 0.02, 0.3, 2.0)
+    assert (found.name, found.cosine, found.mean_abs, found.max_abs) == ("model.w", 31 / 32, 0.02, 0.3)
+    assert (found.relative, found.amax, found.requantized) == (1 / 4, 2.0, 12)
+    # as served: (16 + 16 - 2.5) / (2 * 16); 11.0 over 400
+    assert (found.served_cosine, found.served_mean_abs) == (29.5 / 32, 0.0275)
+    assert (found.served_max_abs, found.served_relative) == (0.3, math.sqrt(2.5) / 4)
 
 
 # --- the sample --------------------------------------------------------------------------------
@@ -234,7 +271,7 @@ def test_sample_is_the_same_for_the_same_seed_and_shard_whatever_ran_before():
 def test_sample_is_the_same_in_another_process():
     # Python salts the hashes of strings anew in every process; the draw must not depend on them.
     code = (
-        "from fp8lib.verification.shard_check import sample; "
+        "from fp8lib.verification.shard_check import sample\n"
         "print(sample(range(50), 5, seed=0, shard='a.safetensors'))"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "12345"}

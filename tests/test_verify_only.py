@@ -83,6 +83,19 @@ def write(folder: Path, original: Path, state: dict[str, torch.Tensor]) -> None:
     config = json.loads((original / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     (folder / "config.json").write_text(json.dumps(config))
+    relist(folder)
+
+
+def relist(folder: Path) -> None:
+    """List what is not FP8, as publishers do: full names, and a layer's experts as one."""
+    state = tensors(folder)
+    kept = {n.removesuffix(".weight") for n, t in state.items() if n.endswith(".weight") and t.ndim > 1}
+    kept -= {n.removesuffix(".weight") for n, t in state.items() if t.dtype == FP8}
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["modules_to_not_convert"] = sorted(
+        {re.sub(r"(\.mlp\.experts)\..*", r"\1", name) for name in kept}
+    )
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
@@ -174,8 +187,9 @@ def test_an_official_release_with_float32_scales(original: Path, official: Path,
 def test_a_release_that_quantized_what_the_rules_keep(
     original: Path, official: Path, verify: Callable
 ) -> None:
-    kept = [OUT, "mtp.fc.weight", f"{LAYER}.mlp.shared_expert.down_proj.weight", "lm_head.weight"]
+    kept = [OUT, f"{LAYER}.mlp.shared_expert.down_proj.weight"]
     edit(official, lambda state: [state.update(quantize(name, state[name], torch.bfloat16)) for name in kept])
+    relist(official)
     result = verify(original, official, "--verify_samples", "all")
     assert result.rc == 0, result.out
     assert count(result, "Spot-checked") == MATRICES + len(kept)
@@ -185,7 +199,10 @@ def test_a_release_that_kept_what_the_rules_quantize(
     original: Path, official: Path, verify: Callable
 ) -> None:
     source = per_expert(tensors(original))
-    keep = [Z, f"{LAYER}.mlp.experts.3.up_proj.weight"]
+    experts = [
+        f"mtp.layers.0.mlp.experts.{e}.{p}_proj.weight" for e in range(4) for p in ("gate", "up", "down")
+    ]
+    keep = [Z, Z.replace("_z", "_qkv"), *experts]
 
     def restore(state: dict[str, torch.Tensor]) -> None:
         for name in keep:
@@ -193,9 +210,38 @@ def test_a_release_that_kept_what_the_rules_quantize(
             del state[f"{name}_scale_inv"]
 
     edit(official, restore)
+    relist(official)
     result = verify(original, official, "--verify_samples", "all")
     assert result.rc == 0, result.out
     assert count(result, "Spot-checked") == MATRICES - len(keep)
+
+
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [(Z, "in_proj_qkvz"), ("mtp.layers.0.mlp.experts.3.up_proj.weight", "mtp.layers.0.mlp.experts")],
+    ids=["in_proj_z", "one expert"],
+)
+def test_a_release_that_kept_one_of_what_engines_load_as_one_fails(
+    name: str, group: str, original: Path, official: Path, verify: Callable
+) -> None:
+    def restore(state: dict[str, torch.Tensor]) -> None:
+        state[name] = per_expert(tensors(original))[name]
+        del state[f"{name}_scale_inv"]
+
+    edit(official, restore)
+    relist(official)
+    result = verify(original, official)
+    assert result.rc == 1
+    assert re.search(rf"vLLM 0.32.0: \S*{group} is FP8 in part", result.out)
+
+
+def test_a_release_with_an_fp8_head_fails(original: Path, official: Path, verify: Callable) -> None:
+    """vLLM and SGLang never quantize the head: its codes would be taken for weights."""
+    edit(official, lambda state: state.update(quantize("lm_head.weight", state["lm_head.weight"])))
+    relist(official)
+    result = verify(original, official)
+    assert result.rc == 1
+    assert "vLLM 0.32.0: lm_head is FP8 in the files, but it loads them in BF16 only" in result.out
 
 
 def test_kept_tensors_of_another_precision(original: Path, official: Path, verify: Callable) -> None:

@@ -3,14 +3,13 @@
 Which weights: those of the plan, so the same rules decide here and in the quantizer.
 
 Linear modules have forward pre-hooks. The experts of a layer are two 3-D parameters of one module, and
-transformers dispatches that module's forward through a table of implementations (`ALL_EXPERTS_FUNCTIONS`,
-keyed by `config._experts_implementation`). While a `Recorder` is entered, every implementation in it is
-wrapped: the wrapper records, then calls the implementation it wraps with the very arguments it got. The
-model's outputs are bit-identical by construction, whichever implementation is configured and whenever
-transformers switches to another; and, unlike in a hook, weights that accelerate keeps elsewhere have
-arrived. What an implementation computes inside, the input of down_proj, is computed a second time, for
-the statistics alone. That costs two thirds of the experts' arithmetic once more and owes nothing to how
-the implementation orders its rows.
+transformers has several implementations of that module's forward. While a `Recorder` is entered, every one
+is wrapped (`model.internals`): the wrapper records, then calls the implementation it wraps with the very
+arguments it got. The model's outputs are bit-identical by construction, whichever implementation is
+configured and whenever transformers switches to another; and, unlike in a hook, weights that accelerate
+keeps elsewhere have arrived. What an implementation computes inside, the input of down_proj, is computed a
+second time, for the statistics alone. That costs two thirds of the experts' arithmetic once more and owes
+nothing to how the implementation orders its rows.
 
 Everything accumulates where the activations are, and padding is left out by an index that is made on the
 host, once per forward pass. So no call waits for the device.
@@ -19,15 +18,19 @@ host, once per forward pass. So no call waits for the device.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from fp8lib import Fp8Error
 from fp8lib.calibration.input_statistics import InputStatistics, Sums, down_input, input_of
 from fp8lib.checkpoint.plan import Plan
 from fp8lib.checkpoint.rules import canonical
 from fp8lib.checkpoint.untrusted import printable
+from fp8lib.model import internals
+
+if TYPE_CHECKING:
+    from fp8lib.calibration.second_moments import MomentSums
 
 
 class Recorder:
@@ -37,9 +40,11 @@ class Recorder:
 
     Args:
         plan: what is to be quantized.
+        moments: where second moments are summed, too; None for none.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, moments: MomentSums | None = None) -> None:
+        self._moments = moments
         # Canonical name of a module -> its input; of the module that holds a layer's experts -> theirs.
         self._linear: dict[str, str] = {}
         self._experts: dict[str, str] = {}
@@ -55,23 +60,15 @@ class Recorder:
         self._finite: dict[str, torch.Tensor] = {}  # where -> whether all was finite, on its device
         self._kept: torch.Tensor | None = None
         self._kept_on: dict[torch.device, torch.Tensor] = {}
-        self._replaced: dict[str, Callable | None] = {}
+        self._wrapped = internals.around_experts(self._recording)
 
     def __enter__(self) -> Recorder:
-        # "eager" need not be in the table: it stands for the module's own forward.
-        for key in {*ALL_EXPERTS_FUNCTIONS, "eager"}:
-            self._replaced[key] = ALL_EXPERTS_FUNCTIONS._local_mapping.get(key)
-            ALL_EXPERTS_FUNCTIONS[key] = self._recording(ALL_EXPERTS_FUNCTIONS.get(key))
+        self._wrapped.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.detach()
-        for key, function in self._replaced.items():
-            if function is None:
-                del ALL_EXPERTS_FUNCTIONS[key]  # the library's own shows again
-            else:
-                ALL_EXPERTS_FUNCTIONS[key] = function
-        self._replaced.clear()
+        self._wrapped.__exit__(*exception)
 
     def attach(self, root: torch.nn.Module, name: str = "") -> None:
         """Watch every module at and below `root`, which is called `name` in the model."""
@@ -146,15 +143,16 @@ class Recorder:
         def hook(_module: torch.nn.Module, args: tuple) -> None:
             tokens = self._tokens(args[0])
             self._input(name, 1, tokens).add(tokens)
+            if self._moments is not None:
+                self._moments.add(name, tokens)
 
         return hook
 
-    def _recording(self, wrapped: Callable | None) -> Callable:
+    def _recording(self, implementation: internals.ExpertsForward) -> internals.ExpertsForward:
         def forward(module, hidden_states, top_k_index, top_k_weights):
             if module in self._watched:
                 with torch.no_grad():
                     self._record_experts(module, self._tokens(hidden_states), self._tokens(top_k_index))
-            implementation = wrapped or type(module).forward.__wrapped__
             return implementation(module, hidden_states, top_k_index, top_k_weights)
 
         return forward
@@ -171,8 +169,11 @@ class Recorder:
         expert, order = experts.flatten().sort()
         routed = hidden[order // experts.shape[1]]
         came = self._input(name, count, routed).add_grouped(routed, expert)
-        inner = module._apply_gate(_grouped_linear(routed, module.gate_up_proj, came.cumsum(0)))
+        inner = internals.gated(module, _grouped_linear(routed, module.gate_up_proj, came.cumsum(0)))
         self._input(down_input(name), count, inner).add_grouped(inner, expert)
+        if self._moments is not None:
+            self._moments.add(name, hidden)
+            self._moments.add_grouped(down_input(name), inner, came)
 
     # --- what is broken ------------------------------------------------------------------------
 

@@ -61,7 +61,7 @@ def looks_like_statistics(path: Path) -> bool:
             beginning = file.read(1 << 16)
     except (Fp8Error, OSError):
         return False
-    return not beginning or b"input_channel_" in beginning
+    return not beginning or b"input_channel_" in beginning or b".second_moments" in beginning
 
 
 # --- reading -----------------------------------------------------------------------------------

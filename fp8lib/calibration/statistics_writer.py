@@ -56,11 +56,7 @@ class StatisticsWriter(AbstractContextManager):
         kind = _SafetensorsForm if path.suffix == ".safetensors" else _JsonForm
         self._form = kind([w for w in weights if not self._leaves_out(w[0])], provenance)
         self._end = len(self._form.beginning)
-        _remove_abandoned(path)
-        own = f"{path.name}.{uuid.uuid4().hex[:8]}"  # two runs with one --output: the last one's file stays
-        self._writer = ShardWriter(path, self._form.beginning, self._end, name=own)
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(self._writer.fileno(), fcntl.LOCK_EX)
+        self._writer = begin_file(path, self._form.beginning)
 
     def _leaves_out(self, name: str) -> bool:
         part = one_expert_part(name) if self._thin else None
@@ -82,6 +78,20 @@ class StatisticsWriter(AbstractContextManager):
 
     def __exit__(self, *_: object) -> None:
         self._writer.abandon()
+
+
+def begin_file(path: Path, beginning: bytes) -> ShardWriter:
+    """A file that a run writes to its end; where two have one name for it, the last one's stays.
+
+    Raises:
+        Fp8Error: it cannot be written.
+    """
+    _remove_abandoned(path)
+    own = f"{path.name}.{uuid.uuid4().hex[:8]}"
+    writer = ShardWriter(path, beginning, len(beginning), name=own)
+    with suppress(OSError):  # a file system without locks
+        fcntl.flock(writer.fileno(), fcntl.LOCK_EX)
+    return writer
 
 
 def _remove_abandoned(path: Path) -> None:

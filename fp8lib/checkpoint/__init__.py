@@ -1,12 +1,15 @@
 """What is in a checkpoint directory and what will be in the output. Reads no tensor data, imports no torch.
 
-untrusted  names, links and JSON that may lie
-headers    one safetensors file's header
-directory  one checkpoint directory
-rules      which tensor is quantized, which is kept and why, what engines fuse
-experts    whether a layer's experts fit together
-layout     every byte's place in an output shard
-plan       the whole output, decided from headers
+untrusted        names, links and JSON that may lie
+headers          one safetensors file's header
+directory        one checkpoint directory
+rules            which tensor is quantized, which is kept and why, what engines fuse; what a user can select
+experts          whether a layer's experts fit together
+layout           every byte's place in an output shard
+selection        which fusion groups stay as they are
+matching         how each engine reads `modules_to_not_convert`
+tensor_parallel  which tensor-parallel sizes load, and what each GPU holds
+plan             the whole output, decided from headers
 
 May import `numerics.blocks`, which is free of torch too.
 """

@@ -13,18 +13,12 @@ from fp8lib import Fp8Error, __version__
 from fp8lib.checkpoint.directory import CONFIG, INDEX, Checkpoint, require_supported
 from fp8lib.checkpoint.experts import check_experts
 from fp8lib.checkpoint.headers import Tensor
-from fp8lib.checkpoint.layout import Matrix, ShardPlan, matrices_of, plan_shard
-from fp8lib.checkpoint.rules import (
-    fused_experts_part,
-    fusion_group,
-    module_of,
-    reason_kept,
-    unservable_shape,
-)
+from fp8lib.checkpoint.layout import Matrix, ShardPlan, plan_shard
+from fp8lib.checkpoint.matching import has_tied_head, mismatches
+from fp8lib.checkpoint.rules import Selection, module_of, reason_kept
+from fp8lib.checkpoint.selection import decide, group_of
 from fp8lib.checkpoint.untrusted import printable
 from fp8lib.numerics.blocks import BLOCK
-
-_QUANTIZABLE = ("BF16", "F16", "F32")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,16 +31,31 @@ class Kept:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The whole output."""
+    """The whole output.
+
+    Attributes:
+        checkpoint: the input.
+        selection: what was asked for.
+        shards: of the output, in the input's order.
+        kept: tensors that keep their bytes.
+        modules_to_not_convert: as config.json lists them.
+        notes: what a user should know of the selection, one line each.
+    """
 
     checkpoint: Checkpoint
+    selection: Selection
     shards: tuple[ShardPlan, ...]
     kept: tuple[Kept, ...]
     modules_to_not_convert: tuple[str, ...]
+    notes: tuple[str, ...]
 
     @property
     def matrices(self) -> Iterator[Matrix]:
         return (matrix for shard in self.shards for matrix in shard.matrices)
+
+    def outputs(self) -> Iterator[Tensor]:
+        """Every tensor of the output."""
+        return (tensor for shard in self.shards for tensor in shard.outputs())
 
     def config(self) -> dict:
         """config.json of the output."""
@@ -88,13 +97,19 @@ def to_json(document: dict) -> bytes:
     return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
 
 
-def make_plan(checkpoint: Checkpoint) -> Plan:
+def make_plan(checkpoint: Checkpoint, selection: Selection | None = None) -> Plan:
     """Decide about every tensor.
+
+    Args:
+        checkpoint: the input.
+        selection: what to quantize; the default set for None.
 
     Raises:
         Fp8Error: unsupported or quantized model, a dtype that cannot be quantized, experts that do not
-            fit together, or nothing to quantize.
+            fit together, a pattern that does nothing, nothing to quantize, or an output that an engine
+            would misread.
     """
+    selection = selection or Selection()
     require_supported(checkpoint.config, checkpoint.root)
     tensors = [t for shard in checkpoint.shards for t in shard.tensors]
     for tensor in tensors:
@@ -103,48 +118,27 @@ def make_plan(checkpoint: Checkpoint) -> Plan:
                 f"{printable(tensor.name)}: {tensor.dtype}, so already quantized; give the BF16 original"
             )
     check_experts(tensors)
-    kept_groups = _unservable_groups(tensors)
+    decision = decide(tensors, selection)
     kept = [
-        Kept(tensor, reason) for tensor in tensors if (reason := _why_kept(tensor, kept_groups)) is not None
+        Kept(tensor, reason) for tensor in tensors if (reason := _why_kept(tensor, decision.kept)) is not None
     ]
     if len(kept) == len(tensors):
         raise Fp8Error(f"{printable(checkpoint.root)}: no weight in it can be quantized")
     kept_names = {k.tensor.name for k in kept}
     shards = tuple(plan_shard(shard, kept_names) for shard in checkpoint.shards)
     _check_output_names(shards)
-    return Plan(checkpoint, shards, tuple(kept), _modules_to_not_convert(checkpoint, kept))
+    listed = _modules_to_not_convert(checkpoint, kept)
+    plan = Plan(checkpoint, selection, shards, tuple(kept), listed, decision.notes)
+    if found := mismatches(plan.outputs(), plan.config()):
+        raise Fp8Error(f"{printable(checkpoint.root)}: the output would be misread: {found[0]}")
+    return plan
 
 
 # --- decisions ---------------------------------------------------------------------------------
 
 
-def _group_of(tensor: Tensor) -> str | None:
-    part = fused_experts_part(tensor.name)
-    return part[0] if part else fusion_group(tensor.name)
-
-
-def _unservable_groups(tensors: list[Tensor]) -> dict[str, str]:
-    """Groups that stay as they are, because of a member that engines could not serve in FP8."""
-    reasons: dict[str, str] = {}
-    for tensor in tensors:
-        group = _group_of(tensor)
-        if group is None:
-            continue
-        if tensor.dtype not in _QUANTIZABLE:
-            raise Fp8Error(
-                f"{printable(tensor.name)}: {printable(tensor.dtype)} cannot be quantized; "
-                "BF16, F16 and F32 can"
-            )
-        matrices = matrices_of(tensor)
-        if not matrices:
-            reasons.setdefault(group, f"{len(tensor.shape)}-D, not a matrix")
-        elif why := unservable_shape(group, *matrices[0][1:]):
-            reasons.setdefault(group, why)
-    return reasons
-
-
 def _why_kept(tensor: Tensor, kept_groups: dict[str, str]) -> str | None:
-    group = _group_of(tensor)
+    group = group_of(tensor)
     return reason_kept(tensor.name) if group is None else kept_groups.get(group)
 
 
@@ -160,17 +154,17 @@ def _check_output_names(shards: tuple[ShardPlan, ...]) -> None:
 
 
 def _modules_to_not_convert(checkpoint: Checkpoint, kept: list[Kept]) -> tuple[str, ...]:
-    """Every module whose weight has two or more dimensions and is not FP8."""
+    """Every module whose weight has two or more dimensions and is not FP8.
+
+    Kept experts are listed as their layer's `….mlp.experts`: transformers ignores the name of a single one.
+    """
     modules = set()
     for tensor in (k.tensor for k in kept):
-        if len(tensor.shape) >= 2 and (module := module_of(tensor.name)):
-            modules.add(module)
-        if (group := _group_of(tensor)) and group.endswith(".experts"):
+        if (group := group_of(tensor)) and group.endswith(".experts"):
             modules.add(group)
-    config = checkpoint.config
-    text = config.get("text_config")
-    tied = config.get("tie_word_embeddings", isinstance(text, dict) and text.get("tie_word_embeddings"))
-    if tied and any(m.endswith("embed_tokens") for m in modules):
+        elif len(tensor.shape) >= 2 and (module := module_of(tensor.name)):
+            modules.add(module)
+    if has_tied_head(checkpoint.config) and any(m.endswith("embed_tokens") for m in modules):
         # The head is the embedding then: a module with a BF16 weight that the files do not name.
         modules.add("lm_head")
     return tuple(sorted(modules))

@@ -8,29 +8,70 @@ only a part is FP8. `fusion_group` names the group; the plan quantizes a group w
 fused parameter also needs every part to end on a block boundary (vLLM and SGLang: "output_partition_size
 is not divisible by weight quantization block_n"), and their FP8 kernels quantize activations in groups
 of 128 input channels. `unservable_shape` holds that knowledge.
+
+A `Selection` is what a user asks for: one of the eligible sets, and changes to it by name.
 """
 
 import re
+from dataclasses import dataclass
 
 from fp8lib.numerics.blocks import BLOCK
 
 SUPPORTED_MODEL_TYPES = ("qwen3_5", "qwen3_5_moe", "qwen3_5_text", "qwen3_5_moe_text")
 """`model_type` of config.json; Qwen3.6 checkpoints carry the same names."""
 
+ELIGIBILITIES = ("toolkit", "official")
+"""Sets of modules to quantize, the smaller one first. `official` is what Qwen's own FP8 releases quantize."""
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What is asked to be quantized.
+
+    Attributes:
+        eligibility: one of `ELIGIBILITIES`.
+        keep: fnmatch patterns of module names; the fusion groups they touch are kept. They win over all else.
+        quantize: fnmatch patterns of module names; the fusion groups they touch are quantized.
+        kept_groups: (fusion group, reason) of groups kept for what their weights are, not for their names.
+    """
+
+    eligibility: str = "toolkit"
+    keep: tuple[str, ...] = ()
+    quantize: tuple[str, ...] = ()
+    kept_groups: tuple[tuple[str, str], ...] = ()
+
+    def settings(self) -> dict[str, object]:
+        """What decides bytes, as JSON, whatever the order of the patterns."""
+        return {
+            "eligibility": self.eligibility,
+            "keep_bf16": sorted(set(self.keep)),
+            "quantize": sorted(set(self.quantize)),
+        }
+
+
 _LAYER = r"(?P<layer>(?:.+\.)?layers\.\d+)\."
 
-# Modules whose weight becomes FP8: pattern of the module's name -> name of the group engines fuse it into.
+# Modules whose weight can become FP8: the smallest set they belong to, the pattern of the module's name, and
+# the group engines fuse it into.
 _QUANTIZED = tuple(
-    (re.compile(f"{_LAYER}(?:{module})$"), group)
-    for module, group in (
-        (r"self_attn\.[qkv]_proj", "self_attn.qkv_proj"),
-        (r"self_attn\.o_proj", "self_attn.o_proj"),
-        (r"linear_attn\.in_proj_(?:qkv|z)", "linear_attn.in_proj_qkvz"),
-        (r"mlp\.(?:gate|up)_proj", "mlp.gate_up_proj"),
-        (r"mlp\.down_proj", "mlp.down_proj"),
-        (r"mlp\.experts\.\d+\.(?:gate|up|down)_proj", "mlp.experts"),
+    (eligibility, re.compile(f"{_LAYER}(?:{module})$"), group)
+    for eligibility, module, group in (
+        ("toolkit", r"self_attn\.[qkv]_proj", "self_attn.qkv_proj"),
+        ("toolkit", r"self_attn\.o_proj", "self_attn.o_proj"),
+        ("toolkit", r"linear_attn\.in_proj_(?:qkv|z)", "linear_attn.in_proj_qkvz"),
+        ("toolkit", r"mlp\.(?:gate|up)_proj", "mlp.gate_up_proj"),
+        ("toolkit", r"mlp\.down_proj", "mlp.down_proj"),
+        ("toolkit", r"mlp\.experts\.\d+\.(?:gate|up|down)_proj", "mlp.experts"),
+        ("official", r"linear_attn\.out_proj", "linear_attn.out_proj"),
+        ("official", r"mlp\.shared_expert\.(?:gate|up)_proj", "mlp.shared_expert.gate_up_proj"),
+        ("official", r"mlp\.shared_expert\.down_proj", "mlp.shared_expert.down_proj"),
     )
 )
+_ONLY_OFFICIAL = tuple(f".{group}" for eligibility, _, group in _QUANTIZED if eligibility == "official")
+_ROW_PARALLEL = ("o_proj", "out_proj", "down_proj")
+"""Ends of groups of one module whose output engines do not cut: its last block may be smaller."""
+
+_FOLLOWED = "FP8 in the official releases; kept, because the toolkit that this tool follows measured large "
 
 # Why everything else keeps its bytes; the first pattern that a tensor's name matches says it.
 _KEPT = tuple(
@@ -41,10 +82,14 @@ _KEPT = tuple(
         (r"(?:^|\.)lm_head\.", "output head: its error goes straight into the logits"),
         (r"norm[^.]*\.weight$", "norm"),
         (r"\.linear_attn\.in_proj_[ab]\.", "decay and write gates: tiny, and exponentiated"),
-        (r"\.linear_attn\.out_proj\.", "linear attention output: large absolute errors on fine-tunes"),
+        (
+            r"\.linear_attn\.out_proj\.",
+            "linear attention output: " + _FOLLOWED + "absolute errors in it on fine-tunes",
+        ),
         (r"\.linear_attn\.", "linear attention state: convolution, decay, time step"),
         (r"\.mlp\.gate\.", "router: a small error sends tokens to other experts"),
-        (r"\.shared_expert(?:_gate)?\.", "shared expert: small, and every token passes through it"),
+        (r"\.shared_expert\.", "shared expert: " + _FOLLOWED + "absolute errors in it on fine-tunes"),
+        (r"\.shared_expert_gate\.", "gate of the shared expert: a single row, BF16 in the official releases"),
         (r"(?:^|\.)mtp\.fc\.", "draft head input: small, BF16 in the official releases"),
         (r"\.bias$", "bias"),
     )
@@ -72,22 +117,27 @@ def module_of(tensor: str) -> str | None:
 
 
 def fusion_group(tensor: str) -> str | None:
-    """The group of modules that engines load as one, if the rules quantize this tensor.
+    """The group of modules that engines load as one, if a tensor can be quantized at all.
 
     Args:
         tensor: full name in the checkpoint, `….weight`.
 
     Returns:
         A full name such as `model.layers.3.self_attn.qkv_proj`, or `model.layers.3.mlp.experts` for every
-        expert of a layer; None if the rules keep the tensor as it is.
+        expert of a layer; None if every set keeps the tensor as it is.
     """
     module = module_of(tensor)
     if module is None or ".visual." in f".{tensor}":
         return None
-    for pattern, group in _QUANTIZED:
+    for _, pattern, group in _QUANTIZED:
         if match := pattern.match(module):
             return f"{match['layer']}.{group}"
     return None
+
+
+def is_eligible(group: str, eligibility: str) -> bool:
+    """Whether a set, one of `ELIGIBILITIES`, holds a fusion group."""
+    return eligibility == "official" or not group.endswith(_ONLY_OFFICIAL)
 
 
 def fused_experts_part(tensor: str) -> tuple[str, str] | None:
@@ -134,6 +184,6 @@ def unservable_shape(group: str, rows: int, columns: int) -> str | None:
         return f"a dimension under {BLOCK}"
     if columns % BLOCK:
         return f"engines quantize activations by {BLOCK}: {columns} input features are no multiple"
-    if rows % BLOCK and not group.endswith(("o_proj", "down_proj")):
+    if rows % BLOCK and not group.endswith(_ROW_PARALLEL):
         return f"engines fuse whole blocks of {BLOCK}: {rows} output features are no multiple"
     return None

@@ -4,7 +4,11 @@ run         what every run of quantize_fp8.py has in common: the plan, the ranks
 quantizing  quantize a checkpoint, or continue
 verifying   --verify_only
 dry_run     --dry_run
+rounding    --rounding: second moments to round with
+comparing   --compare_outputs
 collecting  one run of collect_activation_stats.py
+moments     its second moments: sizes, limits, what ranks join
+forward_passes  what collecting and comparing need first: transformers, tokens, memory
 progress    the bar
 manifest    what a run did, so that the next can continue it
 output_dir  whose the output directory is, what may be removed, the lock

@@ -1,10 +1,15 @@
 """Prints the plan of a run: `--dry_run`."""
 
 from collections import Counter, defaultdict
+from dataclasses import replace
 
+from fp8lib.checkpoint.layout import matrices_of
 from fp8lib.checkpoint.plan import Plan
+from fp8lib.checkpoint.selection import decide, group_of
 from fp8lib.checkpoint.untrusted import printable
+from fp8lib.numerics.blocks import blocks
 from fp8lib.terminal import WIDTH, Printer, size
+from fp8lib.verification.loading import print_loading
 
 
 def print_plan(plan: Plan, printer: Printer) -> None:
@@ -43,7 +48,28 @@ def print_plan(plan: Plan, printer: Printer) -> None:
     printer.line(f"  Passthrough tensors : {len(plan.kept)}")
     printer.line(f"  Files copied along  : {len(plan.checkpoint.extra_files)}")
     printer.line(f"  Size                : {size(before)} -> {size(plan.output_bytes())}")
+    print_loading(printer, plan.outputs(), plan.config())
+    _print_official(printer, plan)
     printer.line("=" * WIDTH)
+
+
+def _print_official(printer: Printer, plan: Plan) -> None:
+    """What the official set would save, and what it asks for."""
+    tensors = [tensor for shard in plan.checkpoint.shards for tensor in shard.tensors]
+    official = decide(tensors, replace(plan.selection, eligibility="official")).kept
+    kept = [k.tensor for k in plan.kept]
+    more = [t for t in kept if (group := group_of(t)) and group not in official]
+    if not more:
+        return
+    saved = sum(t.nbytes - r * c - 2 * blocks(r) * blocks(c) for t in more for _, r, c in matrices_of(t))
+    text = f"--eligibility official would save {size(saved)}"
+    widths = {t.shape[0] for t in more if t.name.endswith(".shared_expert.gate_proj.weight")}
+    if widths:
+        text += (
+            f"; FP8 shared experts need shared_expert_intermediate_size ({max(widths)}) to be a multiple of "
+            "128 times the tensor-parallel size"
+        )
+    printer.wrapped(text, "  Official set        : ", " " * 24)
 
 
 def _kind(name: str) -> str:

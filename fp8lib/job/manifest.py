@@ -18,6 +18,7 @@ from fp8lib.checkpoint.plan import to_json
 from fp8lib.checkpoint.untrusted import printable, read_json
 from fp8lib.streaming.writer import write_file
 from fp8lib.verification.health import Measurement
+from fp8lib.verification.output_error import OutputError
 
 MANIFEST = "fp8_quantization.json"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -151,10 +152,7 @@ def to_record(result: ShardResult, verification: dict | None) -> dict:
         "size": result.size,
         "sha256": result.sha256,
         "verification": verification,
-        "measurements": [
-            {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in asdict(m).items()}
-            for m in result.measurements
-        ],
+        "measurements": [_plain(asdict(m)) for m in result.measurements],
         "problems": list(result.problems),
     }
 
@@ -164,11 +162,35 @@ def from_record(name: str, record: dict, verification: dict | None) -> ShardResu
     try:
         if record["verification"] != verification:
             return None
-        measurements = tuple(
-            Measurement(str(m["name"]), *(float(m[k]) for k in ("cosine", "mean_abs", "max_abs", "amax")))
-            for m in record["measurements"]
-        )
+        measurements = tuple(map(_measurement, record["measurements"]))
         problems = tuple(map(printable, record["problems"]))
         return ShardResult(name, record["size"], record["sha256"], measurements, problems)
     except (KeyError, TypeError, ValueError, OverflowError):
         return None
+
+
+def _measurement(record: dict) -> Measurement:
+    """The measurement that `asdict` made this of."""
+    output = record.get("output")
+    return Measurement(
+        **_of_kinds(record, Measurement, "output"),
+        output=None if output is None else OutputError(**_of_kinds(output, OutputError)),
+    )
+
+
+def _of_kinds(record: dict, kind: type, *but: str) -> dict:
+    """A dataclass's fields as their types, but for some."""
+    return {f.name: f.type(record[f.name]) for f in fields(kind) if f.name not in but}
+
+
+def _plain(values: dict) -> dict:
+    """What JSON can hold: numbers that are not finite as text; without what is not there."""
+    return {
+        key: _plain(v)
+        if isinstance(v, dict)
+        else str(v)
+        if isinstance(v, float) and not math.isfinite(v)
+        else v
+        for key, v in values.items()
+        if v is not None
+    }

@@ -17,7 +17,7 @@ from fp8lib.calibration.statistics_file import Statistics
 from fp8lib.checkpoint.directory import CONFIG, INDEX
 from fp8lib.checkpoint.plan import Plan, to_json
 from fp8lib.checkpoint.untrusted import printable
-from fp8lib.job import manifest, output_dir
+from fp8lib.job import manifest, output_dir, rounding
 from fp8lib.job.manifest import Manifest, ShardResult
 from fp8lib.job.ranks import Ranks
 from fp8lib.job.run import (
@@ -47,15 +47,17 @@ def quantize(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
     # Rank 0 refuses for all: the others say and do nothing before it has agreed.
     todo = None if ranks.is_main else Todo(**ranks.wait_for("todo"))
     plan, statistics, covered = plan_for(flags, talk)
-    settings = settings_for(flags, statistics, ranks)
-    terms = _terms(flags, plan, statistics)
+    moments = rounding.moments_for(flags, plan, talk)
+    settings = settings_for(flags, statistics, ranks, moments)
+    decisive = _settings(flags, statistics, moments)
+    terms = _terms(flags, plan, decisive)
     if todo is not None:
         _check_agreement(flags, terms, todo.terms, ranks)
-        work_for_main(flags, ranks, settings, _work(flags, plan, ranks, todo))
+        work_for_main(flags, ranks, settings, _work(flags, plan, ranks, settings, todo))
         return agree(ranks, None)
 
     mine = Manifest(
-        settings=_settings(flags, statistics),
+        settings=decisive,
         inputs={s.name: manifest.identity(s) for s in plan.checkpoint.shards},
         extra_files=[p.as_posix() for p in plan.checkpoint.extra_files],
     )
@@ -77,14 +79,19 @@ def quantize(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
                 results[result.name] = recorded
 
         ranks.publish("todo", asdict(todo))
-        work = _work(flags, plan, ranks, todo)
+        work = _work(flags, plan, ranks, settings, todo)
         total = sum(s.input_bytes for s in plan.shards if s.name in todo.quantize)
         work_and_gather(flags, ranks, settings, work, todo.count, total, record)
         journal.save()
         _finish(flags, plan, results)
     ordered = [results[s.name] for s in plan.shards]
     label, totals = str(flags.calibration), Totals.of(plan)
-    return agree(ranks, summarize(flags, talk, flags.calibration, label, ordered, totals, covered))
+    if moments:
+        label += f"; second order, {moments.covered} of {totals.fp8} tensors"
+    verdict = summarize(
+        flags, talk, flags.calibration, label, ordered, totals, covered, plan.outputs(), plan.config()
+    )
+    return agree(ranks, verdict)
 
 
 class _Journal:
@@ -133,11 +140,15 @@ class Todo:
         return len(self.quantize) + len(self.verify)
 
 
-def _settings(flags: Namespace, statistics: Statistics | None) -> dict:
+def _settings(
+    flags: Namespace, statistics: Statistics | None, moments: rounding.SecondMomentsUse | None
+) -> dict:
     """The flags that decide bytes, as the manifest keeps them."""
     return {
         "calibration": str(flags.calibration),
         "activation_stats": statistics.sha256 if statistics else None,
+        **flags.selection.settings(),
+        **rounding.settings(moments),
     }
 
 
@@ -149,10 +160,10 @@ def _verification(flags: Namespace) -> dict | None:
     return {"samples": samples, "seed": flags.seed}
 
 
-def _terms(flags: Namespace, plan: Plan, statistics: Statistics | None) -> dict:
+def _terms(flags: Namespace, plan: Plan, decisive: dict) -> dict:
     """What all ranks must agree on: every machine has its own command line and its own view of the disk."""
     return {
-        **_settings(flags, statistics),
+        **decisive,
         "verification": _verification(flags),
         "checksums": flags.checksums,
         "input": {s.name: [s.size, s.header_sha256] for s in plan.checkpoint.shards},
@@ -198,12 +209,12 @@ def _resume(
     return results, todo
 
 
-def _work(flags: Namespace, plan: Plan, ranks: Ranks, todo: Todo) -> list:
+def _work(flags: Namespace, plan: Plan, ranks: Ranks, settings, todo: Todo) -> list:
     """Everything there is to do, the same list on every rank."""
     from fp8lib.streaming.scheduler import ToCheck
     from fp8lib.streaming.units import divide
 
-    shards, check = {s.name: s for s in plan.shards}, planned_check(flags)
+    shards, check = {s.name: s for s in plan.shards}, planned_check(flags, settings)
     units = divide([shards[name] for name in todo.quantize], ranks.world, flags.checksums)
     for shard in (shards[name] for name in todo.verify):
         path = flags.output_dir / shard.name

@@ -66,6 +66,7 @@ class Ranks:
         self._results_seen = 0
         self._sent: str | None = None
         self._bytes = self._sent_bytes = 0
+        self._counter = "bytes"
         self._looked = 0.0
         if "TORCHELASTIC_RUN_ID" in os.environ:
             self._join()
@@ -256,7 +257,12 @@ class Ranks:
         self._looked = time.monotonic()
         self._raise_failure()
         unsent, self._sent_bytes = self._bytes - self._sent_bytes, self._bytes
-        return self._store.add("bytes", unsent)
+        return self._store.add(self._counter, unsent)
+
+    def count_anew(self, what: str) -> None:
+        """Progress is that of another part of the run from now on, on every rank."""
+        self._bytes = self._sent_bytes = 0
+        self._counter = what
 
     # The end.
 

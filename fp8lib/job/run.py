@@ -4,23 +4,26 @@ Under torchrun every rank comes here. Rank 0 plans, refuses and reports for all.
 """
 
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 
 from fp8lib import Fp8Error
 from fp8lib.calibration.statistics_file import Statistics
 from fp8lib.checkpoint.directory import open_checkpoint
+from fp8lib.checkpoint.headers import Tensor
 from fp8lib.checkpoint.plan import Plan, make_plan
 from fp8lib.checkpoint.untrusted import printable
 from fp8lib.job import dry_run, manifest, output_dir
 from fp8lib.job.manifest import ShardResult
 from fp8lib.job.progress import Progress
 from fp8lib.job.ranks import Ranks
+from fp8lib.job.rounding import SecondMomentsUse, moments_for
 from fp8lib.numerics.modes import Calibration
 from fp8lib.terminal import Talk
 from fp8lib.verification import report
 from fp8lib.verification.health import Zone, judge
+from fp8lib.verification.loading import print_loading
 
 
 def run(flags: Namespace, talk: Talk) -> Zone:
@@ -36,7 +39,7 @@ def run(flags: Namespace, talk: Talk) -> Zone:
     Raises:
         Fp8Error: refused or failed, on every rank. No config.json is left in the output directory.
     """
-    from fp8lib.job import quantizing, verifying
+    from fp8lib.job import comparing, quantizing, verifying
 
     ranks = Ranks()
     if not ranks.is_main:
@@ -44,12 +47,15 @@ def run(flags: Namespace, talk: Talk) -> Zone:
     for text in flags.notes:
         talk.warn(text)
     try:
+        inputs = comparing.prepare(flags, ranks) if flags.compare_outputs and ranks.is_main else None
         if flags.verify_only:
             verdict = verifying.verify_only(flags, talk, ranks)
         elif flags.dry_run:
             verdict = _dry_run(flags, talk, ranks)
         else:
             verdict = quantizing.quantize(flags, talk, ranks)
+        if flags.compare_outputs:
+            verdict, _ = comparing.compare(flags, talk, ranks, verdict, inputs)
     except Exception as error:
         ranks.fail(error)
         ranks.leave()
@@ -65,7 +71,9 @@ def plan_for(flags: Namespace, talk: Talk) -> tuple[Plan, Statistics | None, int
         Fp8Error: everything that headers and flags can refuse.
     """
     checkpoint = open_checkpoint(flags.input_dir)
-    plan = make_plan(checkpoint)
+    plan = make_plan(checkpoint, flags.selection)
+    for note in plan.notes:
+        talk.warn(note)
     for name in checkpoint.unused:
         talk.warn(f"{printable(name)} is not in the index and is left out")
     if flags.output_dir is not None:
@@ -90,6 +98,7 @@ def plan_for(flags: Namespace, talk: Talk) -> tuple[Plan, Statistics | None, int
 def _dry_run(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
     if ranks.is_main:
         plan, _, _ = plan_for(flags, talk)
+        moments_for(flags, plan, talk)
         dry_run.print_plan(plan, talk.printer)
     return agree(ranks, Zone.GOOD)
 
@@ -105,36 +114,45 @@ def agree(ranks: Ranks, verdict: Zone | None) -> Zone:
 # --- shared work -------------------------------------------------------------------------------
 
 
-def settings_for(flags: Namespace, statistics: Statistics | None, ranks: Ranks):
+def settings_for(
+    flags: Namespace, statistics: Statistics | None, ranks: Ranks, moments: SecondMomentsUse | None
+):
     """How this rank processes shards: `streaming.shard_job.Settings`."""
     from fp8lib.streaming import devices
     from fp8lib.streaming.convert import Nearest
     from fp8lib.streaming.shard_job import Settings
 
     device = devices.choose_device(flags.device, ranks.local_rank)
+    importance = statistics.importance if statistics else None
+    if moments:
+        convert = moments.conversion(flags, importance, device)
+    else:
+        convert = Nearest(flags.calibration, importance)
     return Settings(
-        convert=Nearest(flags.calibration, statistics.importance if statistics else None),
+        convert=convert,
+        piece=convert.piece(device) if moments else 0,
         device=device,
         workers=flags.workers or devices.default_workers(device, ranks.local_world),
         checksums=flags.checksums,
     )
 
 
-def shard_check(flags: Namespace, name: str, pairs: Sequence, problems: Sequence[str]):
+def shard_check(flags: Namespace, settings, name: str, pairs: Sequence, problems: Sequence[str]):
     """The check of one shard that the flags ask for: `verification.shard_check.ShardCheck`."""
     from fp8lib.verification.shard_check import ShardCheck
 
-    return ShardCheck(name, tuple(pairs), list(problems), flags.verify_samples, flags.seed)
+    factors = getattr(settings.convert, "factors", None)
+    return ShardCheck(name, tuple(pairs), list(problems), flags.verify_samples, flags.seed, factors)
 
 
-def planned_check(flags: Namespace) -> Callable | None:
+def planned_check(flags: Namespace, settings) -> Callable | None:
     """(plan, path) -> check of a shard that was written as planned; None if verification is skipped."""
     from fp8lib.verification.pairing import planned_pairs, structural_problems
 
     if flags.skip_verify:
         return None
     return lambda plan, path: shard_check(
-        flags, plan.name, planned_pairs(plan, path), structural_problems(plan, path)
+        flags, settings, plan.name, planned_pairs(plan, path), structural_problems(plan, path)
     )
 
 
@@ -202,7 +220,7 @@ def _process(flags: Namespace, ranks: Ranks, settings, work: list, on_bytes) -> 
         settings,
         on_bytes,
         lambda unit: ranks.count(f"parts of {unit.plan.name}") == unit.parts,
-        planned_check(flags),
+        planned_check(flags, settings),
     )
     with closing(shards):
         for done in shards:
@@ -219,24 +237,43 @@ def summarize(
     results: list[ShardResult],
     totals: report.Totals,
     covered: int | None,
+    tensors: Iterable[Tensor],
+    config: dict,
 ) -> Zone:
     """Print the summary; returns the verdict.
 
     Args:
         flags: of the run.
         talk: where to.
-        calibration: how the scales were chosen, for advice.
+        calibration: how the scales were chosen, for advice and to know what engines make of them.
         label: what the summary calls it.
         results: of all shards.
         totals: numbers of tensors.
         covered: tensors with activation statistics, None without a file.
+        tensors: of the FP8 directory, from headers.
+        config: its config.json.
     """
     measurements = [m for r in results for m in r.measurements]
     problems = [p for r in results for p in r.problems]
     health = None
     if not flags.skip_verify:
         finished = flags.verify_only
-        health = judge(measurements, problems, calibration.mode, calibration.clips, finished)
+        health = judge(measurements, problems, calibration, finished)
     failed = sum(bool(r.problems) for r in results)
-    report.print_summary(talk.printer, totals, failed, label, measurements, problems, health, covered)
+
+    def loading() -> None:
+        print_loading(talk.printer, tensors, config)
+
+    report.print_summary(
+        talk.printer,
+        totals,
+        failed,
+        label,
+        measurements,
+        problems,
+        health,
+        covered,
+        calibration.powers_of_two,
+        loading,
+    )
     return health.verdict if health else Zone.GOOD

@@ -2,15 +2,21 @@
 
 import os
 from argparse import Namespace
+from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from fp8lib import Fp8Error
 from fp8lib.checkpoint.directory import CONFIG, Checkpoint, open_checkpoint
+from fp8lib.checkpoint.headers import Tensor
+from fp8lib.checkpoint.matching import mismatches
+from fp8lib.checkpoint.rules import fusion_group
 from fp8lib.checkpoint.untrusted import printable
 from fp8lib.job import manifest
 from fp8lib.job.manifest import ShardResult
 from fp8lib.job.ranks import Ranks
+from fp8lib.job.rounding import open_moments
 from fp8lib.job.run import agree, settings_for, shard_check, summarize, work_and_gather, work_for_main
 from fp8lib.numerics.modes import Calibration
 from fp8lib.terminal import Talk
@@ -31,18 +37,20 @@ def verify_only(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
     from fp8lib.verification.pairing import pair_directories
 
     original, quantized = open_checkpoint(flags.input_dir), _open_finished(flags.output_dir)
-    settings = settings_for(flags, None, ranks)
+    weights = ((name, t.shape[1]) for name, t in _matrices(quantized))
+    settings = settings_for(flags, None, ranks, open_moments(flags, weights))
     pairings = pair_directories(original, quantized)
     earlier = None
     with suppress(Fp8Error):  # another tool's, or damaged: nothing depends on it
         earlier = manifest.load(flags.output_dir)
     if earlier and not earlier.made_from(original.shards):
         talk.warn(f"by its {manifest.MANIFEST}, {printable(flags.output_dir)} was not made from this input")
+    outputs = [tensor for shard in quantized.shards for tensor in shard.tensors]
+    unread = mismatches(outputs, quantized.config)
     if "quantization_config" not in quantized.config:
-        problem = f"{CONFIG}: has no quantization_config, so no engine will read the weights as FP8"
-        pairings[0][2].append(problem)
+        unread.append(f"{CONFIG}: has no quantization_config, so no engine will read the weights as FP8")
     work = [
-        ToCheck(shard.name, shard.size, shard_check(flags, shard.name, pairs, problems))
+        ToCheck(shard.name, shard.size, shard_check(flags, settings, shard.name, pairs, problems))
         for shard, pairs, problems in pairings
     ]
     if not ranks.is_main:
@@ -53,16 +61,27 @@ def verify_only(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
         flags, ranks, settings, work, len(work), 0, lambda result: results.update({result.name: result})
     )
     used = earlier and earlier.settings.get("calibration")
-    calibration = flags.calibration
-    with suppress(Fp8Error):  # advice is for the mode that was used, if that is known
+    ordered = [results[item.name] for item in work]
+    # Advice is for the mode that was used, if that is known. What engines change are no powers of two.
+    changed = any(m.requantized for r in ordered for m in r.measurements)
+    calibration = replace(flags.calibration, scale_format="bf16" if changed else "ue8m0")
+    with suppress(Fp8Error):
         calibration = Calibration.parse(str(used))
     fp8 = sum(len(pairs) for _, pairs, _ in pairings)
     kept = sum(len(shard.tensors) for shard in quantized.shards) - 2 * fp8
-    ordered = [results[item.name] for item in work]
+    ordered[0] = replace(ordered[0], problems=(*unread, *ordered[0].problems))
     label = f"{printable(used or 'unknown')} (verify only)"
-    return agree(
-        ranks, summarize(flags, talk, calibration, label, ordered, Totals(len(work), fp8, kept), None)
-    )
+    totals = Totals(len(work), fp8, kept)
+    verdict = summarize(flags, talk, calibration, label, ordered, totals, None, outputs, quantized.config)
+    return agree(ranks, verdict)
+
+
+def _matrices(quantized: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+    """FP8 weights of a directory that the rules know, by name."""
+    for shard in quantized.shards:
+        for tensor in shard.tensors:
+            if tensor.dtype == "F8_E4M3" and len(tensor.shape) == 2 and fusion_group(tensor.name):
+                yield tensor.name, tensor
 
 
 def _open_finished(folder: Path) -> Checkpoint:

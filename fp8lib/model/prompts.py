@@ -6,13 +6,13 @@ tool calls, structured output, dialogue. Many of them contain an assistant's ans
 question, so that a run that generates nothing sees both sides of a conversation too.
 
 A user's file has the same form, one JSON object per line with `messages` (and `tools`), `prompt` or
-`text`; or it is plain text with a prompt per line. `messages` and `prompt` go through the tokenizer's
-chat template, `text` is taken as it is.
+`text`, and a `topic` if there are several kinds of prompts; or it is plain text with a prompt per line.
+`messages` and `prompt` go through the tokenizer's chat template, `text` is taken as it is.
 """
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,12 +36,14 @@ class Prompt:
         messages: dicts with `role` and `content`, as chat templates take them; None for raw text.
         tools: function schemas the conversation may call.
         text: raw text; None for a conversation.
+        topic: what kind of prompt it is, if its file says so.
     """
 
     where: str
     messages: list[dict] | None = None
     tools: list[dict] | None = None
     text: str | None = None
+    topic: str | None = None
 
     def plain(self) -> str:
         """The prompt without a template: the contents of its messages, a blank line between them."""
@@ -57,10 +59,12 @@ class Batch:
     Attributes:
         ids: int64 [prompts, tokens], padded on the left.
         mask: bool of the same shape; False where a prompt is padded.
+        prompts: [prompts], which of the prompts they are.
     """
 
     ids: "torch.Tensor"
     mask: "torch.Tensor"
+    prompts: tuple[int, ...]
 
     @property
     def tokens(self) -> int:
@@ -120,12 +124,15 @@ def _from_json(line: str, where: str) -> Prompt:
         raise Fp8Error(f"{where}: not valid JSON ({printable(error)})") from None
     if not isinstance(entry, dict) or not entry.keys() & {"messages", "prompt", "text"}:
         raise Fp8Error(f"{where}: needs a JSON object with messages, prompt or text")
+    topic = entry["topic"] if isinstance(entry.get("topic"), str) else None
     if "messages" in entry:
-        return Prompt(where, messages=_checked(entry["messages"], where), tools=entry.get("tools"))
+        messages = _checked(entry["messages"], where)
+        return Prompt(where, messages=messages, tools=entry.get("tools"), topic=topic)
     key = "prompt" if "prompt" in entry else "text"
     if not isinstance(entry[key], str) or not entry[key].strip():
         raise Fp8Error(f"{where}: {key} is not a text")
-    return Prompt(where, text=entry[key]) if key == "text" else _from_text(entry[key], where)
+    prompt = Prompt(where, text=entry[key]) if key == "text" else _from_text(entry[key], where)
+    return replace(prompt, topic=topic)
 
 
 def _checked(messages: object, where: str) -> list[dict]:
@@ -213,19 +220,20 @@ def make_batches(prompts: Sequence[Sequence[int]], batch_size: int, max_tokens: 
     """
     import torch
 
-    groups: list[list[Sequence[int]]] = []
-    for ids in sorted(prompts, key=len, reverse=True):
+    groups: list[list[int]] = []
+    for number in sorted(range(len(prompts)), key=lambda number: len(prompts[number]), reverse=True):
         fits = groups and len(groups[-1]) < batch_size
-        if fits and len(groups[-1][0]) * (len(groups[-1]) + 1) <= max_tokens:
-            groups[-1].append(ids)
+        if fits and len(prompts[groups[-1][0]]) * (len(groups[-1]) + 1) <= max_tokens:
+            groups[-1].append(number)
         else:
-            groups.append([ids])
+            groups.append([number])
     batches = []
     for group in groups:
-        width = len(group[0])
-        ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in group])
-        lengths = torch.tensor([len(row) for row in group])
-        batches.append(Batch(ids, torch.arange(width) >= (width - lengths)[:, None]))
+        rows = [list(prompts[number]) for number in group]
+        width = len(rows[0])
+        ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+        lengths = torch.tensor([len(row) for row in rows])
+        batches.append(Batch(ids, torch.arange(width) >= (width - lengths)[:, None], tuple(group)))
     return batches
 
 

@@ -46,7 +46,7 @@ def expand_columns(per_block: torch.Tensor, columns: int) -> torch.Tensor:
     return expanded if columns % BLOCK == 0 else expanded[..., :columns]
 
 
-def _apply_per_block(values: torch.Tensor, per_block: torch.Tensor, op) -> torch.Tensor:
+def apply_per_block(values: torch.Tensor, per_block: torch.Tensor, op) -> torch.Tensor:
     """`op(values, scale of the block it lies in)` in place, float32 [rows, columns]; edge blocks included."""
     rows, columns = values.shape
     factors = expand_columns(per_block, columns)
@@ -70,7 +70,7 @@ def quantize(weights: torch.Tensor, scales: torch.Tensor, *, saturate: bool) -> 
         cast, so CPU and CUDA give the same bytes.
     """
     quotient = weights.to(torch.float32, copy=True)
-    _apply_per_block(quotient, scales, torch.Tensor.div_)
+    apply_per_block(quotient, scales, torch.Tensor.div_)
     if saturate:
         quotient.clamp_(-MAX, MAX)
     return quotient.to(DTYPE)
@@ -83,7 +83,7 @@ def dequantize(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         codes: float8_e4m3fn [rows, columns].
         scales: [ceil(rows/128), ceil(columns/128)], BF16 or F32.
     """
-    return _apply_per_block(decode(codes), scales, torch.Tensor.mul_)
+    return apply_per_block(decode(codes), scales, torch.Tensor.mul_)
 
 
 def decode(codes: torch.Tensor) -> torch.Tensor:

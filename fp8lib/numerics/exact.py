@@ -35,6 +35,19 @@ def power_of_two(exponent: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return ((exponent.to(torch.int64) + 1023) << 52).view(dtype)
 
 
+def covering_power(values: torch.Tensor, limit: float) -> torch.Tensor:
+    """Smallest power of two, of those that are normal numbers, for which limit * power >= value.
+
+    Args:
+        values: float32, >= 0; what comes of NaN and infinity is finite and means nothing.
+        limit: a positive normal float32.
+    """
+    exponent, fraction = divmod(torch.tensor(limit).view(torch.int32).item(), 1 << 23)
+    bits = values.view(torch.int32) + ((1 << 23) - 1 - fraction)  # carries where the fraction is larger
+    biased = (bits >> 23) - (exponent - 127)
+    return (biased.clamp_(1, 254) << 23).view(torch.float32)
+
+
 def leading_power(values: torch.Tensor) -> torch.Tensor:
     """Largest power of two not above each value >= 0; 0 for subnormal numbers, infinity for NaN."""
     if values.dtype == torch.float32:

@@ -12,16 +12,29 @@ adds at most 2^-32 (in units of the block's largest power of two, squared). Wher
 the rounding of h could, or one channel drowns another by 2^28, `_exact_search` judges the block instead: a
 histogram of all codes over 22 octaves against a table of true errors, for every scale from amax/896 to
 amax/224. The low end clips, which can pay when the outlier sits in a channel that hardly matters.
-"""
 
-from functools import cache, lru_cache
+Its sums are not of integers: no number of bits would hold what channels and errors span. Yet a sum of n
+terms >= 0 is off by n * 2^-53 of itself at most, in whatever order it is taken: here by 2^-38, histogram and
+product together. Scales whose losses are within 2^-22 of the least are compared once more, by sums that are
+taken in one order everywhere and rounded to float32. A scale with the least of these is always among them,
+as rounding and both ways to sum move a ratio of two losses by less than 2^-23 + 2^-36. So this search gives
+the same bytes on every device, too.
+"""
 
 import torch
 
 from fp8lib.numerics.blocks import BLOCK
 from fp8lib.numerics.e4m3 import MAX, SMALLEST_SCALE
-from fp8lib.numerics.exact import blocked_copy, divide, leading_power, magnitude_bits, power_of_two
+from fp8lib.numerics.exact import (
+    blocked_copy,
+    divide,
+    leading_power,
+    magnitude_bits,
+    pairwise_sum,
+    power_of_two,
+)
 from fp8lib.numerics.modes import PHASES
+from fp8lib.numerics.tables import table
 
 _BF16_EXPONENT = 0x7F80
 _WINDOW = 16
@@ -43,7 +56,9 @@ _ROUNDED_AWAY = 2.0**31
 _EXACT_WINDOW = 22
 """Octaves of the exact histogram. Weights 2^-21 below amax round to zero under every scale tried."""
 _EXACT_BATCH = 16
-"""Blocks per matrix product of the exact search, always padded to this: one shape, one rounding."""
+"""Blocks per matrix product of the exact search."""
+_NEAR = 2.0**-22
+"""Losses this near to the least, relative to it, are summed once more in a fixed order."""
 
 
 def mse_scales(
@@ -53,11 +68,21 @@ def mse_scales(
     grid_size: int,
     activation: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Least-squares BF16 scale per block, float32 [Rb, Cb]. See the module's docstring."""
+    """Least-squares BF16 scale per block. See the module's docstring.
+
+    Args:
+        weights: [Rb * 128, Cb * 128], BF16, F16 or F32.
+        codes: its `magnitude_bits`.
+        amax: float32 [Rb, Cb], largest |w| of each block.
+        grid_size: phases per octave.
+        activation: float64 [Cb, 128], weight of each input channel; None for 1.
+
+    Returns:
+        float32 [Rb, Cb].
+    """
     shape, device = amax.shape, weights.device
     importance = faint = None
     if activation is not None:
-        activation = per_block_column(activation)
         importance, faint = _as_integers(activation)
     group = _CPU_GROUP if device.type == "cpu" else amax.numel()
     h, subnormal = _histograms(codes, amax, importance, group)
@@ -122,14 +147,14 @@ def _phases(grid_size: int) -> list[int]:
     return [PHASES + i * PHASES // grid_size for i in range(grid_size)]
 
 
-@cache
-def _mantissas(grid_size: int, device: torch.device) -> torch.Tensor:
+@table
+def _mantissas(grid_size: int) -> torch.Tensor:
     """The phases as numbers in [1, 2), float32 [P]."""
-    return torch.tensor(_phases(grid_size), dtype=torch.float32).div(PHASES).to(device)
+    return torch.tensor(_phases(grid_size), dtype=torch.float32).div(PHASES)
 
 
-@cache
-def _error_table(grid_size: int, device: torch.device) -> torch.Tensor:
+@table
+def _error_table(grid_size: int) -> torch.Tensor:
     """T[m - 128, phase]: squared rounding error of mantissa m under each phase, float64 [128, P].
 
     m/p lies in (1/2, 2), where E4M3's step is 1/16 below 1 and 1/8 from 1 on. Counted in sixteenths
@@ -139,22 +164,19 @@ def _error_table(grid_size: int, device: torch.device) -> torch.Tensor:
     p = torch.tensor(_phases(grid_size), dtype=torch.float64)[None, :]
     step = torch.where(m >= p, 2.0, 1.0)
     sixteenths = torch.round(16 * m / p / step) * step
-    return (16 * m - p * sixteenths).square().to(device)
+    return (16 * m - p * sixteenths).square()
 
 
-@cache
-def _octave_shifts(device: torch.device) -> torch.Tensor:
+@table
+def _octave_shifts() -> torch.Tensor:
     """log2 of 4^octave, int64 [octaves that cannot be subnormal, 1]."""
-    return 2 * torch.arange(_WINDOW - _SUBNORMAL_ROWS)[:, None].to(device)
+    return 2 * torch.arange(_WINDOW - _SUBNORMAL_ROWS)[:, None]
 
 
-@lru_cache(maxsize=64)
-def _bin_offsets(
-    row_blocks: int, column_blocks: int, group: int, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    """Where each block's histogram begins in that of its group, [Rb, Cb, 1, 1]."""
-    block = torch.arange(row_blocks * column_blocks, dtype=dtype)
-    return (block % group * _BINS).view(row_blocks, column_blocks, 1, 1).to(device)
+@table
+def _bin_offsets(count: int, group: int, dtype: torch.dtype) -> torch.Tensor:
+    """Where each of `count` blocks' histogram begins in that of its group, [count]."""
+    return torch.arange(count, dtype=dtype) % group * _BINS
 
 
 def _histograms(
@@ -182,7 +204,9 @@ def _histograms(
     top = amax.bfloat16().view(torch.int16)[:, :, None, None] & _BF16_EXPONENT
     base = top - ((_WINDOW - 1) << 7)  # where each block's window begins
     torch.maximum(split, base, out=index)
-    index.sub_(base - _bin_offsets(row_blocks, column_blocks, group, dtype, device))
+    size = 1 << (count - 1).bit_length()  # so that few tables do for all shapes
+    offsets = _bin_offsets(size, min(group, size), dtype, device)[:count]
+    index.sub_(base - offsets.view(row_blocks, column_blocks, 1, 1))
     parts = index.view(-1).split(group * BLOCK * BLOCK)
     spread = [None] * len(parts)
     if importance is not None:
@@ -207,26 +231,27 @@ def _histograms(
 # --- the exact search -----------------------------------------------------------------------------
 
 
-@cache
-def _exact_candidates(grid_size: int, device: torch.device) -> torch.Tensor:
+@table
+def _exact_candidates(grid_size: int) -> torch.Tensor:
     """Scales for a block whose largest weight is in [1, 2), ascending, float32 [4 * P]."""
     mantissa = torch.tensor(_phases(grid_size), dtype=torch.float32) / PHASES
     octaves = power_of_two(torch.arange(-10, -6), torch.float32)
-    return (octaves[:, None] * mantissa).view(-1).to(device)
+    return (octaves[:, None] * mantissa).view(-1)
 
 
-@cache
-def _exact_table(grid_size: int, device: torch.device) -> torch.Tensor:
+@table
+def _exact_table(grid_size: int) -> torch.Tensor:
     """True squared error of every BF16 magnitude in 22 octaves below 2 under every candidate scale.
 
-    float64 [22 * 128, 4 * P]; made with the cast itself, clipping and subnormals included.
+    float64 [1 + 22 * 128, 4 * P]; made with the cast itself, clipping and subnormals included. Row 0, all
+    zeros, is for what is zero or too small for any candidate to tell from it.
     """
     octave = power_of_two(torch.arange(1 - _EXACT_WINDOW, 1), torch.float32)
     mantissa = torch.arange(PHASES, 2 * PHASES).float() / PHASES
     value = (octave[:, None] * mantissa).view(-1, 1)
     scale = _exact_candidates(grid_size, torch.device("cpu"))[None, :]
     rounded = (value / scale).clamp(max=MAX).to(torch.float8_e4m3fn).double() * scale
-    return (value.double() - rounded).square().to(device)
+    return torch.nn.functional.pad((value.double() - rounded).square(), (0, 0, 1, 0))
 
 
 def _exact_search(
@@ -244,8 +269,8 @@ def _exact_search(
         float32 [F] scales between amax/896 and amax/224.
     """
     device = blocked.device
-    candidates, table = _exact_candidates(grid_size, device), _exact_table(grid_size, device)
-    bins = table.shape[0]
+    candidates, errors = _exact_candidates(grid_size, device), _exact_table(grid_size, device)
+    bins = len(errors)
     # The nearest BF16 of the largest weight, which is what is counted, lies in the table's top octave.
     unit = leading_power(amax.bfloat16().float()).clamp_(SMALLEST_SCALE, 2.0**127)
     top = amax / unit  # [1, 2), or a little less where amax was rounded up
@@ -254,17 +279,61 @@ def _exact_search(
     for part in range(0, len(blocked), _EXACT_BATCH):
         batch = slice(part, part + _EXACT_BATCH)
         scaled = blocked[batch].float() / unit[batch, None]
-        codes = magnitude_bits(scaled).to(torch.int32) - ((128 - _EXACT_WINDOW) << 7)
-        count = len(codes)
-        index = codes.clamp_(-1, bins - 1).add_(1)  # bin 0: too small for any candidate, or zero
-        index.add_(torch.arange(count, device=device, dtype=torch.int32)[:, None] * (bins + 1))
-        spread = None
-        if activation is not None:
-            spread = activation[batch, None, :].expand(-1, BLOCK, -1).reshape(-1)
-        histogram = torch.bincount(index.view(-1), spread, minlength=_EXACT_BATCH * (bins + 1))
-        histogram = histogram.view(_EXACT_BATCH, bins + 1)[:, 1:].double()
-        # Rounding to float32 makes equal losses equal, whatever the order of summation.
-        losses = (histogram @ table)[:count].float()
-        losses = losses.masked_fill(~allowed[batch], torch.inf)
-        chosen[batch] = candidates[losses.argmin(dim=1)]
+        index = magnitude_bits(scaled).to(torch.int32) - (((128 - _EXACT_WINDOW) << 7) - 1)
+        index.clamp_(0, bins - 1)
+        importance = None if activation is None else activation[batch]
+        losses = _losses_in_any_order(index, errors, importance).masked_fill_(~allowed[batch], torch.inf)
+        least = losses.amin(dim=1, keepdim=True)
+        near = losses <= least * (1 + _NEAR)
+        tied = (near.sum(dim=1) > 1) & (least.squeeze(1) > 0)  # 0 is exact
+        if tied.any():
+            near[tied] = _least_in_order(
+                index[tied], near[tied], errors, None if importance is None else importance[tied]
+            )
+        chosen[batch] = candidates[near.int().argmax(dim=1)]  # the first of several
     return chosen * unit
+
+
+def _losses_in_any_order(
+    index: torch.Tensor, errors: torch.Tensor, importance: torch.Tensor | None
+) -> torch.Tensor:
+    """Loss of every candidate, float64 [F, 4 * P]; off by 2^-38 of itself at most, as the order has it.
+
+    Args:
+        index: int32 [F, 128*128], each weight's row of `errors`.
+        errors: `_exact_table`.
+        importance: float64 [F, 128], weights of each block's channels; None for 1.
+    """
+    (count, _), bins = index.shape, len(errors)
+    offsets = torch.arange(count, device=index.device, dtype=torch.int32)[:, None] * bins
+    spread = None
+    if importance is not None:
+        spread = importance[:, None, :].expand(-1, BLOCK, -1).reshape(-1)
+    histogram = torch.bincount((index + offsets).view(-1), spread, minlength=count * bins)
+    return histogram.view(count, bins).double() @ errors
+
+
+def _least_in_order(
+    index: torch.Tensor, near: torch.Tensor, errors: torch.Tensor, importance: torch.Tensor | None
+) -> torch.Tensor:
+    """Which of some candidates have the least loss, by sums in a fixed order: bool [F, 4 * P].
+
+    Sums are rounded to float32, which makes equal what differs by the rounding of sums alone.
+
+    Args:
+        index, errors, importance: as `_losses_in_any_order`.
+        near: bool [F, 4 * P], the candidates.
+    """
+    losses = torch.full(near.shape, torch.inf, dtype=torch.float64, device=near.device)
+    block, candidate = near.nonzero(as_tuple=True)
+    for part in zip(block.split(_EXACT_BATCH), candidate.split(_EXACT_BATCH), strict=True):
+        squared = errors[index[part[0]], part[1][:, None]].view(-1, BLOCK, BLOCK)
+        per_channel = pairwise_sum(squared, dim=1)
+        if importance is not None:
+            per_channel = per_channel * importance[part[0]]
+        losses[part] = pairwise_sum(per_channel, dim=1)
+    least = losses.amin(dim=1, keepdim=True)
+    # Sums of at most 2^15 in units of a power of two stay in float32's range; a unit of 0 is for losses of 0.
+    unit = torch.where(least > 0, leading_power(least), 1.0)
+    losses = (losses / unit).float()
+    return losses == losses.amin(dim=1, keepdim=True)

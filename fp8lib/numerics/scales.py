@@ -1,9 +1,9 @@
-"""The four calibration modes: blocks of weights in, one BF16 scale per 128x128 block out.
+"""The four calibration modes: blocks of weights in, one scale per 128x128 block out, stored as BF16.
 
     max         amax / 448
     rms         k * rms / 448, doubled until nothing saturates
     percentile  p-th percentile of |w| / 448; what lies above is clipped
-    mse         the BF16 scale with the least (activation-weighted) squared error
+    mse         the scale with the least (activation-weighted) squared error
 
 E4M3 is floating point, so a scale's exponent hardly matters and clipping never pays: on 128x128
 Gaussian blocks plain `max` reaches cosine 0.99965, clipping at 3 rms 0.99945, and no scale at all more
@@ -11,7 +11,14 @@ than 0.99966. What is left to choose is the scale's phase: where its mantissa pu
 steps of an octave among the weights. `rms` takes the phase from the bulk of the block instead of from
 its one largest weight; `mse` tries every phase there is.
 
-`mse.py` explains how. Everything that decides a scale is either exact or an elementwise float32 operation in
+With the scale format `ue8m0` every scale is a power of two: what the mode asks for, rounded up, or among
+these the best for `mse`. There is no phase to choose then, and modes that do not clip differ by whole
+octaves alone. In return an engine that requantizes the weights to powers of two (`served.py`) changes
+nothing, where it doubles the squared error of all others.
+
+`mse.py` and `powers.py` explain how scales are searched.
+
+Everything that decides a scale is either exact or an elementwise float32 operation in
 a fixed order, so that device, piece size and number of workers change no byte.
 """
 
@@ -21,6 +28,7 @@ from fp8lib.numerics.blocks import BLOCK, blocks
 from fp8lib.numerics.e4m3 import MAX, SCALE_DTYPE, SMALLEST_SCALE, expand_columns, quantize
 from fp8lib.numerics.exact import (
     blocked_copy,
+    covering_power,
     divide,
     leading_power,
     magnitude_bits,
@@ -29,6 +37,7 @@ from fp8lib.numerics.exact import (
 )
 from fp8lib.numerics.modes import Calibration
 from fp8lib.numerics.mse import mse_scales, per_block_column
+from fp8lib.numerics.powers import mse_powers
 
 
 def quantize_blocks(
@@ -63,15 +72,25 @@ def block_scales(
         activation = torch.nn.functional.pad(activation, (0, padded.shape[1] - columns))
     # Padding is zeros, which change no maximum, no sum, no upper order statistic and no error.
     codes = magnitude_bits(padded)
-    amax = _block_amax(padded, codes)
-    if calibration.mode == "max":
-        scales = divide(amax, MAX)
-    elif calibration.mode == "rms":
-        scales = _rms_scales(padded, amax, _block_sizes(weights), calibration, activation)
-    elif calibration.mode == "percentile":
-        scales = divide(_percentile(padded, codes, _block_sizes(weights), calibration.percentile), MAX)
+    largest = _column_amax(padded, codes)
+    amax = largest.view(len(largest), -1, BLOCK).amax(dim=2)
+    if calibration.mode == "mse":
+        importance = None if activation is None else per_block_column(activation)
+        if calibration.powers_of_two:
+            scales = mse_powers(padded, largest, amax, importance)
+        else:
+            scales = mse_scales(padded, codes, amax, calibration.mse_grid_size, importance)
     else:
-        scales = mse_scales(padded, codes, amax, calibration.mse_grid_size, activation)
+        if calibration.mode == "max":
+            scales = divide(amax, MAX)
+        elif calibration.mode == "percentile":
+            scales = divide(_percentile(padded, codes, _block_sizes(weights), calibration.percentile), MAX)
+        else:
+            scales = _saturating_rms(padded, amax, _block_sizes(weights), calibration.rms_factor, activation)
+        # Exact for amax / 448: where it is above a power of two, so is the nearest float32.
+        scales = covering_power(scales, 1.0) if calibration.powers_of_two else scales
+        if calibration.mode == "rms" and not calibration.rms_saturate:
+            scales = _doubled(scales, amax)
     scales = torch.where(amax == 0, 1.0, scales.clamp(min=SMALLEST_SCALE))
     # `where` keeps NaN and infinity of a broken block visible whatever the mode made of them.
     return torch.where(amax.isfinite(), scales, amax).to(SCALE_DTYPE), amax
@@ -98,27 +117,26 @@ def _block_sizes(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return extents(weights.shape[0])[:, None], extents(weights.shape[1])[None, :]
 
 
-def _block_amax(weights: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-    """Largest |w| of each block, float32 [Rb, Cb]; NaN where a block holds one."""
+def _column_amax(weights: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """Largest |w| of each column of each block, float32 [Rb, columns]; NaN where there is one."""
     rows, columns = weights.shape
     exact = weights.dtype == torch.bfloat16
     magnitude = codes if exact else weights.abs()
-    per_column = magnitude.view(rows // BLOCK, BLOCK, columns).amax(dim=1)
-    amax = per_column.view(rows // BLOCK, columns // BLOCK, BLOCK).amax(dim=2)
-    return (amax.view(torch.bfloat16) if exact else amax).float()
+    largest = magnitude.view(rows // BLOCK, BLOCK, columns).amax(dim=1)
+    return (largest.view(torch.bfloat16) if exact else largest).float()
 
 
 # --- rms ---------------------------------------------------------------------------------------
 
 
-def _rms_scales(
+def _saturating_rms(
     weights: torch.Tensor,
     amax: torch.Tensor,
     sizes: tuple[torch.Tensor, torch.Tensor],
-    calibration: Calibration,
+    factor: float,
     activation: torch.Tensor | None,
 ) -> torch.Tensor:
-    """k * rms / 448 per block, rounded to BF16 and doubled as needed, float32 [Rb, Cb]."""
+    """k * rms / 448 per block, float32 [Rb, Cb]."""
     row_blocks, columns = weights.shape[0] // BLOCK, weights.shape[1]
     rows_in_block, columns_in_block = sizes
     # Squares of weights below 2^-63 or above 2^63 leave float32, so measure in units of 2^unit.
@@ -134,11 +152,12 @@ def _rms_scales(
         weight = rows_in_block * pairwise_sum(importance[None].clone(), dim=2)
         weighted = pairwise_sum(_by_block(per_column) * importance, dim=2)
         mean = torch.where(weighted > 0, weighted / weight, mean)  # else no weight meets a signal
-    scales = divide(calibration.rms_factor * mean.sqrt(), MAX) * unit
-    scales = scales.clamp(min=SMALLEST_SCALE).bfloat16().float()
-    if calibration.rms_saturate:
-        return scales
-    scales = scales.double()  # up to 2^245 below amax, which float32 does not hold
+    return divide(factor * mean.sqrt(), MAX) * unit
+
+
+def _doubled(scales: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
+    """Each scale, rounded to BF16, times the least power of two that takes amax to 448 or below, float32."""
+    scales = scales.clamp(min=SMALLEST_SCALE).bfloat16().double()  # up to 2^245 below amax: not for float32
     excess = torch.frexp(amax / (MAX * scales))
     doublings = excess.exponent - (excess.mantissa == 0.5).int()
     return (scales * power_of_two(doublings.clamp(min=0), torch.float64)).float()

@@ -1,10 +1,13 @@
 """What is on disk, measured and judged.
 
-pairing      FP8 weights and the originals they came from
-measure      error sums, and what they add up to
-shard_check  reads one shard back and measures a sample
-health       bands, verdict, recommendations
-report       the summary
+pairing          FP8 weights and the originals they came from
+measure          error sums, and what they add up to
+measure_outputs  the same of what weights change in outputs
+output_error     judging weights by that
+shard_check      reads one shard back and measures a sample
+health           bands, verdict, recommendations
+loading          what engines need to load it
+report           the summary
 
 May import streaming (to read files), checkpoint and numerics. Does not know how bytes were written.
 """

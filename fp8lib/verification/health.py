@@ -21,17 +21,24 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from fp8lib.checkpoint.untrusted import printable
+from fp8lib.numerics.modes import Calibration
+from fp8lib.verification import output_error
+from fp8lib.verification.output_error import OutputError
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """What one FP8 tensor lost; `verify.py` has the formulas.
+    """What one FP8 tensor lost; `measure.py` has the formulas.
 
     Attributes:
         name: full name of the weight.
         cosine: similarity of original and dequantized weights.
         mean_abs, max_abs: absolute error, in the unit of the weights.
         amax: largest absolute value of the original.
+        relative: error relative to the original, both as the norm of the whole tensor.
+        served_...: the same after an engine has requantized the weights to power-of-two scales.
+        requantized: weights whose value that changes.
+        output: what the tensor is judged by instead, where it was rounded with its input in mind; else None.
     """
 
     name: str
@@ -39,6 +46,13 @@ class Measurement:
     mean_abs: float
     max_abs: float
     amax: float
+    relative: float
+    served_cosine: float
+    served_mean_abs: float
+    served_max_abs: float
+    served_relative: float
+    requantized: int
+    output: OutputError | None = None
 
 
 def max_or_nan(values: Iterable[float]) -> float:
@@ -91,9 +105,10 @@ NO_ROUNDING = 0.9
 """Below this a cosine is neither one of rounding nor of clipping by `mse`, which takes away half of a weight
 at most: vectors whose components differ by factors from 1/2 to 1 have a cosine of 2 sqrt(1/2) / (3/2) = 0.943
 at least, and rounding, which turns a vector by asin(1/16) at most, leaves 0.92."""
+AS_THEY_ARE = "takes scales as they are (docs/formats.md)"
 LARGEST_RELATIVE_ERROR = 1 / 16
 LARGEST_ERROR_OF_MAX = 1 / 28
-"""Of a block's largest weight, in mode `max`: that weight is 448, half a step there is 16."""
+"""Of a block's largest weight, in mode `max` with BF16 scales: it becomes 448, half a step there is 16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,15 +131,16 @@ class Health:
 
 
 def zone_of(measurement: Measurement) -> Zone:
-    """A tensor's zone: the worst of its metrics."""
+    """A tensor's zone: the worst of its metrics, or that of its output error."""
+    if (output := measurement.output) is not None:
+        return Zone.GOOD if output.is_good else Zone.FAIL if output.is_bad else Zone.WARN
     return max(band.zone(getattr(measurement, band.metric)) for band in BANDS)
 
 
 def judge(
     measurements: Sequence[Measurement],
     problems: Sequence[str],
-    mode: str,
-    clips: bool,
+    calibration: Calibration,
     finished: bool = False,
 ) -> Health:
     """Turn measurements into a verdict.
@@ -132,8 +148,7 @@ def judge(
     Args:
         measurements: of the spot-checked tensors.
         problems: structural deviations, one line each.
-        mode: calibration mode that was used.
-        clips: whether that mode clips by definition (`percentile` below 100, `rms` with saturation).
+        calibration: how the scales were chosen.
         finished: whether this is about a directory that was made before, perhaps from something else.
     """
     zones = [zone_of(m) for m in measurements]
@@ -143,8 +158,12 @@ def judge(
         key=lambda item: (-item[0], COSINE.badness(item[1].cosine), item[1].name),
     )
     verdict = Zone.FAIL if problems else max(zones, default=Zone.GOOD)
-    recommendations = tuple(_recommend(measurements, mode, clips)) if flagged else ()
-    statement = _statement(verdict, measurements, problems, clips, finished)
+    outputs = [m.output for m in measurements if m.output is not None]
+    by_bands = [m for m in measurements if m.output is None]
+    recommendations = tuple(_recommend(by_bands, calibration)) if flagged else ()
+    statement = _statement(verdict, by_bands or measurements, problems, calibration.clips, finished)
+    if not problems and (wrong := output_error.statement(outputs)):
+        statement = wrong
     return Health(verdict, counts, tuple(flagged), statement, recommendations)
 
 
@@ -190,8 +209,9 @@ def _statement(
     return "A hard limit is exceeded. Do not deploy before looking at the tensors above."
 
 
-def _recommend(measurements: Sequence[Measurement], mode: str, clips: bool) -> list[str]:
+def _recommend(measurements: Sequence[Measurement], calibration: Calibration) -> list[str]:
     """Flags that can help in the mode at hand; never an improvement that no mode can bring."""
+    mode, clips, powers = calibration.mode, calibration.clips, calibration.powers_of_two
     found = []
     if damaged := _damaged(measurements, clips):
         m = damaged[0]
@@ -212,7 +232,15 @@ def _recommend(measurements: Sequence[Measurement], mode: str, clips: bool) -> l
             "above the percentile is clipped, and E4M3 gains nothing from it."
         )
     low = [m for m in _outside(measurements, COSINE) if m.cosine < AT_FORMAT_LIMIT]
-    if low and mode != "mse":
+    if powers and clips:
+        low = []  # it is what clips, and that is said above
+    if low and powers:
+        found.append(
+            f"{len(low)} tensors are below the format's limit of about {FORMAT_LIMIT} in cosine. Powers of "
+            f"two leave little to choose. If your engine {AS_THEY_ARE}, try --scale_format bf16 --calib_mode "
+            "mse, which takes the best of all BF16 scales for every block."
+        )
+    elif low and mode != "mse":
         found.append(
             f"Try --calib_mode mse: {len(low)} tensors are below the format's limit of about "
             f"{FORMAT_LIMIT} in cosine, and mse takes the best of all BF16 scales for every block."
@@ -222,6 +250,14 @@ def _recommend(measurements: Sequence[Measurement], mode: str, clips: bool) -> l
             f"{len(low)} tensors stay below cosine {AT_FORMAT_LIMIT} with the best of all scales: their "
             "blocks hold outliers far above the bulk. Another scale will not help; evaluate the model."
         )
+    return found + _recommend_about_absolute_errors(measurements, calibration)
+
+
+def _recommend_about_absolute_errors(
+    measurements: Sequence[Measurement], calibration: Calibration
+) -> list[str]:
+    mode, clips, powers = calibration.mode, calibration.clips, calibration.powers_of_two
+    found = []
     worst = _outside(measurements, MAX_ABS)
     bounded_by_max = [m for m in worst if m.max_abs > m.amax * LARGEST_ERROR_OF_MAX]
     if worst and clips and worst[0].max_abs > worst[0].amax * LARGEST_RELATIVE_ERROR:
@@ -229,10 +265,12 @@ def _recommend(measurements: Sequence[Measurement], mode: str, clips: bool) -> l
             f"The largest error, {worst[0].max_abs:.3g} in {printable(worst[0].name)}, is a clipped weight "
             f"(largest weight {worst[0].amax:.3g}); a mode that does not clip removes it."
         )
-    elif bounded_by_max and mode != "max":
+    elif bounded_by_max and (powers or mode != "max"):
         m = bounded_by_max[0]
+        flags = "--scale_format bf16 --calib_mode max" if powers else "--calib_mode max"
+        condition = f" and your engine {AS_THEY_ARE}" if powers else ""
         found.append(
-            f"Use --calib_mode max if max abs err matters: it puts a block's largest weight on 448, where "
+            f"Use {flags} if max abs err matters{condition}: it puts a block's largest weight on 448, where "
             f"rounding is off by 1/28 at most, so {printable(m.name)} would lose {m.amax / 28:.3g} at most "
             f"instead of {m.max_abs:.3g}. Cosine hardly changes."
         )

@@ -2,8 +2,12 @@
 
 cosine    <w, w'> / (|w| |w'|), computed as (|w|^2 + |w'|^2 - |w - w'|^2) / (2 |w| |w'|), which keeps
           the digits of 1 - cosine that a plain dot product in float32 loses
+relative  |w - w'| / |w|
 mean_abs  mean of |w - w'|
 max_abs   largest |w - w'|
+
+All of it twice: for the weights as they are in the file, and as an engine computes with them that requantizes
+them (`numerics/served.py`).
 """
 
 import math
@@ -13,10 +17,27 @@ from dataclasses import dataclass
 import torch
 
 from fp8lib.numerics.e4m3 import dequantize
+from fp8lib.numerics.served import as_served
 from fp8lib.verification.health import Measurement, max_or_nan
 
 # Squares of values outside leave float32; such pieces are measured in float64.
 _FLOAT32_SQUARES = (1e-15, 1e15)
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """How far restored weights w' are from w.
+
+    Attributes:
+        restored, difference: sums of squares of w' and w - w'.
+        absolute: sum of |w - w'|.
+        max_abs: largest |w - w'|.
+    """
+
+    restored: float
+    difference: float
+    absolute: float
+    max_abs: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,19 +46,19 @@ class Errors:
 
     Attributes:
         count: weights.
-        original, restored, difference: sums of squares of w, w' and w - w'.
-        absolute: sum of |w - w'|.
-        max_abs: largest |w - w'|.
+        original: sum of squares of w.
         amax: largest |w|.
+        written: of the weights in the file.
+        served: of the weights that an engine computes with.
+        requantized: weights that are not the same in both.
     """
 
     count: int
     original: float
-    restored: float
-    difference: float
-    absolute: float
-    max_abs: float
     amax: float
+    written: Sums
+    served: Sums
+    requantized: int
 
 
 def measure(weights: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> Errors:
@@ -49,14 +70,32 @@ def measure(weights: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) ->
         scales: [ceil(rows/128), ceil(columns/128)], BF16 or F32.
     """
     original = weights.float()
-    restored = dequantize(codes, scales)
+    written = dequantize(codes, scales)
+    served = as_served(codes, scales, written)
+    amax = _largest(original)
+    wide = not _FLOAT32_SQUARES[0] < amax < _FLOAT32_SQUARES[1]
+    sums = [_square_sum(original, wide), amax.double(), *_sums(original, written, wide)]
+    if served is not written:
+        sums += [*_sums(original, served, wide), (served != written).sum().double()]
+    square_sum, largest, *rest = torch.stack(sums).tolist()
+    in_file = Sums(*rest[:4])
+    if served is written:
+        return Errors(weights.numel(), square_sum, largest, in_file, in_file, 0)
+    return Errors(weights.numel(), square_sum, largest, in_file, Sums(*rest[4:8]), int(rest[8]))
+
+
+def _sums(original: torch.Tensor, restored: torch.Tensor, wide: bool) -> list[torch.Tensor]:
+    """The fields of `Sums`, float64; squares are taken in float64, too, if `wide`."""
     difference = restored - original
-    amax, max_abs = _largest(original), _largest(difference)
-    if not _FLOAT32_SQUARES[0] < amax < _FLOAT32_SQUARES[1]:
-        original, restored, difference = original.double(), restored.double(), difference.double()
-    sums = [t.mul(t).sum().double() for t in (original, restored, difference)]
-    values = torch.stack([*sums, difference.abs_().sum().double(), max_abs.double(), amax.double()])
-    return Errors(weights.numel(), *values.tolist())
+    max_abs = _largest(difference).double()
+    squares = [_square_sum(t, wide) for t in (restored, difference)]
+    absolute = (difference.double() if wide else difference).abs_().sum().double()
+    return [*squares, absolute, max_abs]
+
+
+def _square_sum(values: torch.Tensor, wide: bool) -> torch.Tensor:
+    values = values.double() if wide else values
+    return values.mul(values).sum().double()
 
 
 def _largest(values: torch.Tensor) -> torch.Tensor:
@@ -67,15 +106,31 @@ def _largest(values: torch.Tensor) -> torch.Tensor:
 
 def combine(name: str, pieces: Sequence[Errors]) -> Measurement:
     """The measurement of a matrix from its pieces, in the order of its rows."""
-    original, restored, difference, absolute = (
-        math.fsum(getattr(p, field) for p in pieces)
-        for field in ("original", "restored", "difference", "absolute")
+    count, original = sum(p.count for p in pieces), math.fsum(p.original for p in pieces)
+    return Measurement(
+        name,
+        amax=max_or_nan(p.amax for p in pieces),
+        requantized=sum(p.requantized for p in pieces),
+        **_metrics(count, original, [p.written for p in pieces], ""),
+        **_metrics(count, original, [p.served for p in pieces], "served_"),
+    )
+
+
+def _metrics(count: int, original: float, pieces: Sequence[Sums], prefix: str) -> dict[str, float]:
+    """The metrics of the module's docstring, by the names that `Measurement` has for them."""
+    restored, difference, absolute = (
+        math.fsum(getattr(p, field) for p in pieces) for field in ("restored", "difference", "absolute")
     )
     if difference == 0:
-        cosine = 1.0
+        cosine, relative = 1.0, 0.0
     elif original == 0 or restored == 0:
-        cosine = 0.0
+        cosine, relative = 0.0, math.sqrt(difference / original) if original else math.inf
     else:
         cosine = (original + restored - difference) / (2 * math.sqrt(original) * math.sqrt(restored))
-    worst = [max_or_nan(getattr(p, field) for p in pieces) for field in ("max_abs", "amax")]
-    return Measurement(name, cosine, absolute / sum(p.count for p in pieces), *worst)
+        relative = math.sqrt(difference / original)
+    return {
+        f"{prefix}cosine": cosine,
+        f"{prefix}relative": relative,
+        f"{prefix}mean_abs": absolute / count,
+        f"{prefix}max_abs": max_or_nan(p.max_abs for p in pieces),
+    }

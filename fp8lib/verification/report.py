@@ -1,14 +1,24 @@
 """Prints the summary of a run."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from fp8lib.checkpoint.plan import Plan
 from fp8lib.checkpoint.untrusted import printable
 from fp8lib.terminal import WIDTH, Printer
+from fp8lib.verification import output_error
 from fp8lib.verification.health import COSINE, MAX_ABS, MEAN_ABS, Band, Health, Measurement, Zone, max_or_nan
 
+REQUANTIZED = (
+    "Some engines quantize the weights again while they load them, with power-of-two scales: vLLM on Hopper "
+    "all but the routed experts, SGLang on Blackwell (docs/formats.md). With --scale_format ue8m0 that "
+    "changes nothing."
+)
+FLOOR = (
+    "Engines that quantize the weights again while they load them (docs/formats.md) take no block's largest "
+    "weight for smaller than 0.0001; below that their scales are larger than those in the files."
+)
 LISTED = 10
 """WARN and FAIL tensors that are listed one by one."""
 
@@ -35,6 +45,8 @@ def print_summary(
     problems: Sequence[str],
     health: Health | None,
     covered: int | None,
+    powers_of_two: bool,
+    loading: Callable[[], None],
 ) -> None:
     """The health summary.
 
@@ -47,16 +59,11 @@ def print_summary(
         problems: structural deviations.
         health: what to make of them; None if verification was skipped.
         covered: quantized tensors with activation statistics; None if there was no file.
+        powers_of_two: whether the scales are meant to be.
+        loading: prints what engines need to load the directory.
     """
-    printer.line("=" * WIDTH)
-    printer.line("  QUANTIZATION VERIFICATION SUMMARY")
-    printer.line(f"  Calibration         : {calibration}")
-    if covered is not None:
-        printer.line(f"  Activation stats    : {covered} of {totals.fp8} tensors")
-    printer.line("-" * WIDTH)
-    printer.line(f"  Shards processed    : {totals.shards}  ({failed} failed)")
-    printer.line(f"  FP8 weight tensors  : {totals.fp8}")
-    printer.line(f"  Passthrough tensors : {totals.passthrough}")
+    _print_totals(printer, totals, failed, calibration, covered)
+    loading()
     if health is None:
         printer.line("  Spot-checked        : 0  (verification skipped)")
         printer.line("-" * WIDTH)
@@ -65,8 +72,15 @@ def print_summary(
         return
     marks = "  ".join(printer.mark(z, f"{health.counts[z]} {z.name}") for z in Zone)
     printer.line(f"  Spot-checked        : {len(measurements)} of {totals.fp8}  ({marks})")
+    if outputs := [m.output for m in measurements if m.output is not None]:
+        printer.line(f"  Output error        : {output_error.summary(outputs)}")
+        repeated = sum(each.repeated == 1 for each in outputs)
+        printer.line(f"  Rounding repeated   : in {repeated} of {len(outputs)} tensors, code for code")
+    by_bands = [m for m in measurements if m.output is None]
+    if by_bands:
+        _print_metrics(printer, by_bands)
     if measurements:
-        _print_metrics(printer, measurements)
+        _print_served(printer, measurements, powers_of_two)
     _print_flagged(printer, health, problems)
     printer.line("-" * WIDTH)
     printer.line(f"  VERDICT: {printer.mark(health.verdict, health.verdict.name)}")
@@ -77,6 +91,20 @@ def print_summary(
         for number, text in enumerate(health.recommendations, 1):
             printer.wrapped(text, f"  {number}. ", "     ")
     printer.line("=" * WIDTH)
+
+
+def _print_totals(
+    printer: Printer, totals: Totals, failed: int, calibration: str, covered: int | None
+) -> None:
+    printer.line("=" * WIDTH)
+    printer.line("  QUANTIZATION VERIFICATION SUMMARY")
+    printer.line(f"  Calibration         : {calibration}")
+    if covered is not None:
+        printer.line(f"  Activation stats    : {covered} of {totals.fp8} tensors")
+    printer.line("-" * WIDTH)
+    printer.line(f"  Shards processed    : {totals.shards}  ({failed} failed)")
+    printer.line(f"  FP8 weight tensors  : {totals.fp8}")
+    printer.line(f"  Passthrough tensors : {totals.passthrough}")
 
 
 def _print_metrics(printer: Printer, measurements: Sequence[Measurement]) -> None:
@@ -96,6 +124,28 @@ def _print_metrics(printer: Printer, measurements: Sequence[Measurement]) -> Non
         # Padded by what is visible: colour codes take no room on the screen.
         mark = printer.mark(zone, zone.name) + " " * (10 - len(zone.name))
         printer.line(f"  {label:<14}{value:<12.6f}{typical:<15}{mark}{hard}")
+
+
+def _print_served(printer: Printer, measurements: Sequence[Measurement], powers_of_two: bool) -> None:
+    """What becomes of the errors in engines that requantize the weights."""
+    count, changed = len(measurements), sum(m.requantized for m in measurements)
+    printer.line("-" * WIDTH)
+    if not changed:
+        printer.line("  As served (UE8M0)   : as written, in every weight that was checked")
+        return
+    printer.line(f"  As served (UE8M0)   : {changed:,} of the checked weights change")
+    printer.line(f"    {'metric':<18}{'as written':<14}as served")
+
+    def row(label: str, field: str, combined: Callable[[Iterable[float]], float]) -> None:
+        values = (combined(getattr(m, prefix + field) for m in measurements) for prefix in ("", "served_"))
+        printer.line(f"    {label:<18}" + "".join(f"{value:<14.6f}" for value in values).rstrip())
+
+    row("relative error", "relative", lambda values: sum(values) / count)
+    row("cosine sim", "cosine", lambda values: sum(values) / count)
+    row("worst cosine", "cosine", lambda values: -max_or_nan(-v for v in values))
+    row("worst MAE", "mean_abs", max_or_nan)
+    row("worst MaxAE", "max_abs", max_or_nan)
+    printer.wrapped(FLOOR if powers_of_two else REQUANTIZED, "    ", "    ")
 
 
 def _print_flagged(printer: Printer, health: Health, problems: Sequence[str]) -> None:

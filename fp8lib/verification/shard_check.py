@@ -5,7 +5,9 @@ What was written is read back from the disk and not from the page cache.
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,6 +21,10 @@ from fp8lib.streaming.units import row_ranges
 from fp8lib.verification.health import Measurement
 from fp8lib.verification.measure import Errors, combine, measure
 from fp8lib.verification.pairing import Extent, Pair
+
+if TYPE_CHECKING:  # nothing of second moments is imported where there are none
+    from fp8lib.streaming.factors import Factors
+    from fp8lib.verification.measure_outputs import OutputSums
 
 PIECE = 512 * 1024
 """Weights that are measured at a time; the same everywhere, because sums of floats depend on it."""
@@ -36,7 +42,9 @@ class ShardCheck:
         problems: structural deviations, one line each; what is known before, and what the check adds.
         samples: matrices to measure; None for all.
         seed: of the random sample.
+        factors: of second moments, to judge matrices by their outputs; None for none.
         errors: error sums of each measured matrix, in the order of its rows.
+        outputs: the same of those that are judged by their outputs.
     """
 
     name: str
@@ -44,7 +52,9 @@ class ShardCheck:
     problems: list[str]
     samples: int | None
     seed: int
+    factors: "Factors | None" = None
     errors: dict[str, list[Errors]] = field(default_factory=dict)
+    outputs: "dict[str, list[OutputSums]]" = field(default_factory=dict)
 
     def tasks(self, files: Files, ahead: ReadAhead) -> Iterator[Task]:
         """Tasks that read and measure. A tensor that is not where it should be cannot be measured."""
@@ -58,10 +68,32 @@ class ShardCheck:
             for span in row_ranges(pair.rows, pair.columns, PIECE):
                 read = ahead.submit(_read_rows, files, pair, *span)
                 yield (lambda lane, r=read: measure(*map(lane.to_device, r.result()))), pieces.append
+            yield from self._output_tasks(pair, files, ahead)
 
     def measurements(self) -> tuple[Measurement, ...]:
         """What the sampled matrices lost."""
-        return tuple(combine(name, pieces) for name, pieces in self.errors.items())
+        found = {name: combine(name, pieces) for name, pieces in self.errors.items()}
+        for name, pieces in self.outputs.items():
+            from fp8lib.verification.measure_outputs import combine_outputs
+
+            found[name] = replace(found[name], output=combine_outputs(pieces))
+        return tuple(found.values())
+
+    def _output_tasks(self, pair: Pair, files: Files, ahead: ReadAhead) -> Iterator[Task]:
+        """Tasks that measure a matrix by its outputs, if there are second moments for it."""
+        if self.factors is None or self.factors.entry(pair.name, pair.columns) is None:
+            return
+        from fp8lib.verification.measure_outputs import PIECE, measure_outputs
+
+        pieces = self.outputs.setdefault(pair.name, [])
+
+        def measured(lane: Lane, read: Future) -> "OutputSums":
+            rows = map(lane.to_device, read.result())
+            return measure_outputs(*rows, self.factors(pair.name, pair.columns))
+
+        for span in row_ranges(pair.rows, pair.columns, PIECE):
+            read = ahead.submit(_read_rows, files, pair, *span)
+            yield (lambda lane, r=read: measured(lane, r)), pieces.append
 
 
 def sample(pairs: Sequence[Pair], count: int | None, seed: int, shard: str) -> list[Pair]:
