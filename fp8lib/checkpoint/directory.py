@@ -40,6 +40,7 @@ class Checkpoint:
         shards: in the order of their names.
         extra_files: paths relative to root of the files that are copied byte for byte.
         unused: names of safetensors files that the index does not mention.
+        unlisted: names of tensors that it does not mention.
     """
 
     root: Path
@@ -47,6 +48,7 @@ class Checkpoint:
     shards: tuple[Shard, ...]
     extra_files: tuple[Path, ...]
     unused: tuple[str, ...]
+    unlisted: tuple[str, ...] = ()
 
 
 def open_checkpoint(root: Path) -> Checkpoint:
@@ -62,7 +64,9 @@ def open_checkpoint(root: Path) -> Checkpoint:
     shards = _read_shards(root, names)
     _check_tensors(shards, weight_map)
     unused = sorted(set(_present(root)) - set(names))
-    return Checkpoint(root, config, shards, tuple(_extra_files(root)), tuple(unused))
+    listed = {t.name for s in shards for t in s.tensors} if weight_map is None else weight_map
+    unlisted = [t.name for s in shards for t in s.tensors if t.name not in listed]
+    return Checkpoint(root, config, shards, tuple(_extra_files(root)), tuple(unused), tuple(unlisted))
 
 
 def require_supported(config: dict, root: Path) -> None:

@@ -16,6 +16,8 @@ from fp8lib.numerics.blocks import blocks
 
 PAGE = 4096
 """Bytes of a page. Direct I/O takes whole ones: no disk's sector is larger."""
+SCALE_SUFFIX = "_scale_inv"
+"""Of a weight's name, for its scales: despite it they are the multiplier."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,7 @@ def plan_shard(shard: Shard, kept_names: set[str]) -> ShardPlan:
             for name, rows, columns in matrices_of(tensor):
                 scale = (blocks(rows), blocks(columns))
                 drafts.append(_Draft(name, "F8_E4M3", (rows, columns), rows * columns, False))
-                drafts.append(_Draft(f"{name}_scale_inv", "BF16", scale, 2 * scale[0] * scale[1], False))
+                drafts.append(_Draft(f"{name}{SCALE_SUFFIX}", "BF16", scale, 2 * scale[0] * scale[1], False))
     drafts.sort(key=_place)
     header, outputs = _lay_out(drafts, shard.metadata)
     matrices, passthrough = [], []
@@ -114,7 +116,7 @@ def plan_shard(shard: Shard, kept_names: set[str]) -> ShardPlan:
             continue
         start = tensor.start
         for name, rows, columns in matrices_of(tensor):
-            weight, scale = outputs[name], outputs[f"{name}_scale_inv"]
+            weight, scale = outputs[name], outputs[f"{name}{SCALE_SUFFIX}"]
             matrices.append(Matrix(tensor.dtype, start, rows, columns, weight, scale))
             start += rows * columns * ITEM_SIZE[tensor.dtype]
     size = len(header) + sum(d.nbytes for d in drafts)

@@ -7,10 +7,13 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fp8lib import Fp8Error
 from fp8lib.calibration.statistics_file import Statistics
 from fp8lib.checkpoint.directory import open_checkpoint
+from fp8lib.checkpoint.layout import ShardPlan
 from fp8lib.checkpoint.plan import Plan, make_plan
 from fp8lib.checkpoint.untrusted import printable
 from fp8lib.job import dry_run, manifest, output_dir
@@ -22,6 +25,9 @@ from fp8lib.terminal import Talk
 from fp8lib.verification import report
 from fp8lib.verification.findings import Findings
 from fp8lib.verification.health import Zone, judge
+
+if TYPE_CHECKING:
+    from fp8lib.streaming.units import Unit
 
 
 def run(flags: Namespace, talk: Talk) -> Zone:
@@ -136,23 +142,43 @@ def settings_for(
     )
 
 
-def shard_check(flags: Namespace, settings, name: str, pairs: Sequence, problems: Sequence[str]):
-    """The check of one shard that the flags ask for: `verification.shard_check.ShardCheck`."""
+def shard_check(flags: Namespace, settings, name: str, pairs: Sequence, problems: Sequence[str], **facts):
+    """The check of one shard that the flags ask for: `verification.shard_check.ShardCheck`.
+
+    `facts` are its other fields.
+    """
     from fp8lib.verification.shard_check import ShardCheck
 
     factors = getattr(settings.convert, "factors", None)
-    return ShardCheck(name, tuple(pairs), list(problems), flags.verify_samples, flags.seed, factors)
+    check = ShardCheck(name, tuple(pairs), list(problems), flags.verify_samples, flags.seed, factors)
+    return replace(check, **facts)
 
 
 def planned_check(flags: Namespace, settings) -> Callable | None:
-    """(plan, path) -> check of a shard that was written as planned; None if verification is skipped."""
-    from fp8lib.verification.pairing import planned_pairs, structural_problems
+    """(plan, path) -> check of a shard that was written as planned; None if verification is skipped.
+
+    What was copied is read back only where all is to be verified.
+    """
+    from fp8lib.streaming.sums import Origin
+    from fp8lib.verification.pairing import planned_kept, planned_pairs, structural_problems
 
     if flags.skip_verify:
         return None
-    return lambda plan, path: shard_check(
-        flags, settings, plan.name, planned_pairs(plan, path), structural_problems(plan, path)
-    )
+
+    def check(plan: ShardPlan, path: Path):
+        kept = planned_kept(plan, path) if flags.verify_samples is None else ()
+        return shard_check(
+            flags,
+            settings,
+            plan.name,
+            planned_pairs(plan, path),
+            structural_problems(plan, path),
+            kept=kept,
+            origin=Origin.of(plan.outputs()),
+            header_bytes=len(plan.header),
+        )
+
+    return check
 
 
 def work_for_main(flags: Namespace, ranks: Ranks, settings, work: list) -> None:
@@ -212,6 +238,11 @@ def work_and_gather(
 
 def _process(flags: Namespace, ranks: Ranks, settings, work: list, on_bytes) -> Iterator[ShardResult]:
     from fp8lib.streaming import pipeline
+    from fp8lib.streaming.sums import Sums
+
+    def add_up(unit: "Unit", sums: Sums) -> Sums:
+        name = f"sums of {unit.plan.name}"
+        return Sums.of_halves(ranks.add(f"{name}/{i}", half) for i, half in enumerate(sums.halves()))
 
     shards = pipeline.process(
         ranks.claims(work),
@@ -220,12 +251,20 @@ def _process(flags: Namespace, ranks: Ranks, settings, work: list, on_bytes) -> 
         on_bytes,
         lambda unit: ranks.count(f"parts of {unit.plan.name}") == unit.parts,
         planned_check(flags, settings),
+        add_up,
     )
     with closing(shards):
         for done in shards:
-            measurements = done.check.measurements() if done.check else ()
-            problems = tuple(done.check.problems) if done.check else ()
-            yield ShardResult(done.name, done.size, done.sha256, measurements, problems, done.final)
+            result = ShardResult(done.name, done.size, done.sha256, (), (), done.final, sums=done.sums)
+            if check := done.check:
+                problems = check.found_problems(done.sums)
+                result = replace(
+                    result,
+                    measurements=check.measurements(),
+                    problems=problems,
+                    looked_at=check.looked_at,
+                )
+            yield result
 
 
 def summarize(flags: Namespace, talk: Talk, found: Findings) -> Zone:
