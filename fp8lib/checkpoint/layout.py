@@ -7,7 +7,7 @@ rows are multiples of 128 bytes), then their scales, then what is kept of one-by
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from fp8lib.checkpoint.headers import ITEM_SIZE, Shard, Tensor
@@ -46,10 +46,21 @@ class Matrix:
 
 @dataclass(frozen=True, slots=True)
 class Passthrough:
-    """Bytes copied as they are: `output.nbytes` bytes from `start` of the input shard."""
+    """A tensor that is not quantized.
+
+    Attributes:
+        start: offset of its first byte in the input shard.
+        output: the tensor in the output shard.
+        dtype: the input's, if its values are rounded to the output's; None if its bytes are copied.
+    """
 
     start: int
     output: Tensor
+    dtype: str | None = None
+
+    def input_bytes(self, nbytes: int) -> int:
+        """Bytes of the input that so many of the output come from."""
+        return nbytes * ITEM_SIZE[self.dtype] // ITEM_SIZE[self.output.dtype] if self.dtype else nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +108,21 @@ def matrices_of(tensor: Tensor) -> list[tuple[str, int, int]]:
     return []
 
 
-def plan_shard(shard: Shard, kept_names: set[str]) -> ShardPlan:
+def plan_shard(shard: Shard, kept_names: set[str], rounded: Mapping[str, str] | None = None) -> ShardPlan:
+    """Lay out one output shard.
+
+    Args:
+        shard: of the input.
+        kept_names: tensors that are not quantized.
+        rounded: those of them that change their dtype -> the new one.
+    """
+    rounded = rounded or {}
     drafts: list[_Draft] = []
     for tensor in shard.tensors:
         if tensor.name in kept_names:
-            drafts.append(_Draft(tensor.name, tensor.dtype, tensor.shape, tensor.nbytes, True))
+            dtype = rounded.get(tensor.name, tensor.dtype)
+            nbytes = tensor.nbytes * ITEM_SIZE[dtype] // ITEM_SIZE[tensor.dtype]
+            drafts.append(_Draft(tensor.name, dtype, tensor.shape, nbytes, True))
         else:
             for name, rows, columns in matrices_of(tensor):
                 scale = (blocks(rows), blocks(columns))
@@ -112,7 +133,8 @@ def plan_shard(shard: Shard, kept_names: set[str]) -> ShardPlan:
     matrices, passthrough = [], []
     for tensor in shard.tensors:
         if tensor.name in kept_names:
-            passthrough.append(Passthrough(tensor.start, outputs[tensor.name]))
+            dtype = tensor.dtype if tensor.name in rounded else None
+            passthrough.append(Passthrough(tensor.start, outputs[tensor.name], dtype))
             continue
         start = tensor.start
         for name, rows, columns in matrices_of(tensor):

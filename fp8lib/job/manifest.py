@@ -206,7 +206,7 @@ def from_record(name: str, record: dict, verification: dict | None) -> ShardResu
         return ShardResult(
             name, record["size"], record["sha256"], measurements, problems, sums=sums, looked_at=looked_at
         )
-    except (KeyError, TypeError, ValueError, OverflowError):
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
         return None
 
 

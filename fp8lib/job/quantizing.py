@@ -21,6 +21,7 @@ from fp8lib.checkpoint.plan import Plan, to_json
 from fp8lib.checkpoint.tensor_parallel import tensor_parallel
 from fp8lib.checkpoint.untrusted import printable
 from fp8lib.job import checksums, manifest, output_dir, recorded, rounding
+from fp8lib.job.ending import print_ending
 from fp8lib.job.manifest import Manifest, ShardResult
 from fp8lib.job.ranks import Ranks
 from fp8lib.job.run import (
@@ -48,6 +49,7 @@ def quantize(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
     Raises:
         Fp8Error: refused or failed, on every rank. No config.json is left in the output directory.
     """
+    begun = time.monotonic()
     # Rank 0 refuses for all: the others say and do nothing before it has agreed.
     todo = None if ranks.is_main else Todo(**ranks.wait_for("todo"))
     plan, statistics, covered = plan_for(flags, talk)
@@ -91,7 +93,10 @@ def quantize(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
         journal.save()
         _finish(flags, plan, results)
     ordered = [results[s.name] for s in plan.shards]
-    verdict = summarize(flags, talk, _findings(flags, plan, ordered, covered, moments))
+    found = _findings(flags, plan, ordered, covered, moments)
+    verdict = summarize(flags, talk, found)
+    if not flags.quiet:
+        print_ending(flags.output_dir, plan, found, verdict, time.monotonic() - begun)
     return agree(ranks, verdict)
 
 

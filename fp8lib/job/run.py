@@ -15,13 +15,14 @@ from fp8lib.calibration.statistics_file import Statistics
 from fp8lib.checkpoint.directory import open_checkpoint
 from fp8lib.checkpoint.layout import ShardPlan
 from fp8lib.checkpoint.plan import Plan, make_plan
+from fp8lib.checkpoint.rules import keeps_precision
 from fp8lib.checkpoint.untrusted import printable
 from fp8lib.job import dry_run, manifest, output_dir
 from fp8lib.job.manifest import ShardResult
 from fp8lib.job.progress import Progress
 from fp8lib.job.ranks import Ranks
 from fp8lib.job.rounding import SecondMomentsUse, moments_for
-from fp8lib.terminal import Talk
+from fp8lib.terminal import Talk, size
 from fp8lib.verification import report
 from fp8lib.verification.findings import Findings
 from fp8lib.verification.health import Zone, judge
@@ -80,6 +81,9 @@ def plan_for(flags: Namespace, talk: Talk) -> tuple[Plan, Statistics | None, int
         talk.warn(note)
     for name in checkpoint.unused:
         talk.warn(f"{printable(name)} is not in the index and is left out")
+    for name in checkpoint.strays:
+        talk.warn(f"{printable(name)} belongs to no model and is left out")
+    _note_kept_dtype(plan, talk)
     if flags.output_dir is not None:
         output_dir.check_location(flags.input_dir, flags.output_dir)
     if flags.activation_stats is None:
@@ -97,6 +101,16 @@ def plan_for(flags: Namespace, talk: Talk) -> tuple[Plan, Statistics | None, int
     if total := sum(1 for _ in plan.matrices) - covered:
         talk.warn(f"{total} of {total + covered} tensors have no activation statistics; a_j = 1 for them")
     return plan, statistics, covered
+
+
+def _note_kept_dtype(plan: Plan, talk: Talk) -> None:
+    """Say what --kept_dtype would save, or that it changes nothing."""
+    kept = [k.tensor for k in plan.kept if not keeps_precision(k.tensor.name)]
+    if plan.selection.kept_dtype:
+        if not any(t.dtype in ("F32", "F16") for t in kept):
+            talk.warn("--kept_dtype has no effect: nothing of the input that it touches is F32 or F16")
+    elif nbytes := sum(t.nbytes for t in kept if t.dtype == "F32"):
+        talk.warn(f"kept tensors stay F32 ({size(nbytes)}); --kept_dtype bfloat16 halves them")
 
 
 def _dry_run(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:

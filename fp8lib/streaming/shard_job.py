@@ -167,7 +167,7 @@ class ShardJob:
         """The input's bytes of a batch, uint8, in the host buffer of that name."""
         (item, first, _), (last_item, _, last) = batch[0], batch[-1]
         if isinstance(item, Passthrough):
-            start, end = item.start + first, item.start + last
+            start, end = (item.start + item.input_bytes(offset) for offset in (first, last))
         else:
             start, end = input_start(item, first), input_start(last_item, last)
         return lane.read(name, self.files, self.source.path, start, end - start, way)
@@ -206,12 +206,16 @@ class ShardJob:
     def _copy(
         self, lane: Lane, batch: list[Bytes], read: Callable[[Lane, str], torch.Tensor]
     ) -> tuple[int, Future, Sums]:
-        """Bytes of a tensor that is kept. Returns as `_quantize`."""
-        ((item, first, _),) = batch
-        raw = read(lane, f"kept {lane.next_output()}")
-        if not is_finite(raw, item.output.dtype):
+        """Bytes of a tensor that is kept, or its values rounded. Returns as `_quantize`."""
+        ((item, first, last),) = batch
+        output = lane.next_output()
+        raw = kept = read(lane, f"kept {output}")
+        if item.dtype:
+            kept = lane.host(f"rounded {output}", last - first)
+            kept.view(DTYPES[item.output.dtype]).copy_(raw.view(DTYPES[item.dtype]))
+        if not is_finite(kept, item.output.dtype):
             self.broken.add(item.output.name)
-        written = lane.write_behind(self._write, (item.output.start + first, as_bytes(raw)))
+        written = lane.write_behind(self._write, (item.output.start + first, as_bytes(kept)))
         return len(raw), written, Sums()
 
     def _write(self, *chunks: tuple[int, memoryview]) -> None:
@@ -247,7 +251,9 @@ class ShardJob:
             self.files.refuse_changed(self.source)
 
     def make_durable(
-        self, is_last_part: Callable[[Unit], bool], add_up: Callable[[Unit, Sums], Sums]
+        self,
+        is_last_part: Callable[[Unit], bool],
+        add_up: Callable[[Unit, Sums], Sums] = lambda unit, sums: sums,
     ) -> bool:
         """Give the output its name, if this was its last part. Runs in the committing thread."""
         if self.unit.parts > 1:

@@ -70,12 +70,11 @@ class Pairing:
 
 def planned_kept(plan: ShardPlan, path: Path) -> list[Kept]:
     """The kept tensors of a shard that was written to `path` as planned."""
-    sources = {t.name: t for t in plan.source.tensors}
     return [
         Kept(
             item.output.name,
             math.prod(item.output.shape),
-            Extent(plan.source.path, sources[item.output.name].dtype, item.start),
+            Extent(plan.source.path, item.dtype or item.output.dtype, item.start),
             Extent(path, item.output.dtype, item.output.start),
         )
         for item in plan.passthrough
