@@ -32,9 +32,8 @@ SMALL = {"num_hidden_layers": 1, "hidden_size": 128, "num_experts": 4, "num_expe
 MANIFEST = "fp8_quantization.json"
 
 
-def plan_of(source: Path) -> Plan:
-    """What the default flags quantize."""
-    return make_plan(open_checkpoint(source))
+def plan_of(folder: Path) -> Plan:
+    return make_plan(open_checkpoint(folder))
 
 
 @pytest.fixture(scope="module")
