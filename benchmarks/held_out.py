@@ -74,9 +74,8 @@ def main() -> None:
     print(gain(compared["max, nearest"]["kl"], compared["max, second order"]["kl"]))
     print("\nThe same by --compare_outputs --against, second order against nearest:")
     for activations in ("bf16", "fp8"):
-        print(
-            f"{activations} activations: {paired(model, flags.folder, judging[: flags.held_out], activations)}"
-        )
+        found = paired(model, flags.folder, judging[: flags.held_out], activations)
+        print(f"{activations} activations: {found}")
     machine.save(flags.json, where, rows)
 
 
