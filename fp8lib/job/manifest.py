@@ -222,7 +222,7 @@ def recorded_sums(record: dict) -> Sums | None:
 
 def _measurement(record: dict) -> Measurement:
     """The measurement that `asdict` made this of."""
-    output = record.get("output")
+    output = dict(record).get("output")
     return Measurement(
         **_of_kinds(record, Measurement, "output"),
         output=None if output is None else OutputError(**_of_kinds(output, OutputError)),
