@@ -44,17 +44,17 @@ def verify_only(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
     weights = ((name, t.shape[1]) for name, t in _matrices(quantized))
     settings = settings_for(flags, None, ranks, open_moments(flags, weights))
     pairings = pair_directories(original, quantized)
-    earlier = None
-    with suppress(Fp8Error):  # another tool's, or damaged, which is told below
-        earlier = manifest.load(flags.output_dir)
+    earlier, damaged = recorded.sound_manifest(flags.output_dir)
     if earlier and not earlier.made_from(original.shards):
         talk.warn(f"by its {manifest.MANIFEST}, {printable(flags.output_dir)} was not made from this input")
+    if earlier and not earlier.headers:
+        talk.warn(f"its {manifest.MANIFEST} is of an earlier version, which took no checksums")
     listed, unreadable = recorded.listed_digests(flags.output_dir)
     work = _work(flags, settings, pairings, earlier, listed)
     if not ranks.is_main:
         work_for_main(flags, ranks, settings, work)
         return agree(ranks, None)
-    others = unreadable + _other_problems(talk, original, quantized, earlier)
+    others = damaged + unreadable + _other_problems(talk, original, quantized, earlier)
     results: dict[str, ShardResult] = {}
     work_and_gather(
         flags, ranks, settings, work, len(work), 0, lambda result: results.update({result.name: result})
