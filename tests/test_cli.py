@@ -592,12 +592,33 @@ def test_a_terminal_gets_colour_unless_no_color_is_set(
     assert result.err == ""
 
 
+def before_the_end(result: Result, output: Path) -> str:
+    """Stderr without the last lines of a run, the first of which begins with the output directory."""
+    return result.err.partition(f"{output}: ")[0].rstrip()
+
+
+def test_a_run_ends_with_sizes_time_and_commands_to_serve_it(
+    checkpoint: Callable, tmp_path: Path, cli: Callable
+) -> None:
+    output = tmp_path / "it's out"
+    command = ("--input_dir", checkpoint("moe", shards=2), "--output_dir", output)
+    first, *rest = cli(*command).err.splitlines()[-4:]
+    assert re.fullmatch(rf"{re.escape(str(output))}: [\d.]+MB -> [\d.]+MB in \d+(\.\d)? s", first)
+    quoted = f"'{tmp_path}/it'\"'\"'s out'"
+    assert rest == [
+        "To serve it on GPUs of 80GB:",
+        f"  vllm serve {quoted} --tensor-parallel-size 1",
+        f"  python -m sglang.launch_server --model-path {quoted} --tp 1",
+    ]
+    assert first.rpartition(" in ")[0] in cli(*command).err.splitlines()  # it took no time: nothing was done
+
+
 def test_a_terminal_gets_a_bar_over_bytes_and_a_file_gets_none(small: Path, tmp_path: Path) -> None:
     result = in_terminal(
         "--input_dir", small, "--output_dir", tmp_path / "out", stdout=False, stderr=True, env={}
     )
     assert result.rc == 0
-    last = result.err.rstrip().rsplit("\r", 1)[-1]
+    last = before_the_end(result, tmp_path / "out").rsplit("\r", 1)[-1]
     assert last.startswith("model.safetensors: 100%")
     assert "B/s" in last
     # Summary and progress do not mix, whatever happens to one of them.
@@ -611,7 +632,7 @@ def test_a_terminal_gets_lines_where_there_are_no_bytes_to_count(small: Path, tm
     assert in_terminal(*command, "--skip_verify", stdout=False, stderr=True, env={}).rc == 0
     for flags in (["--verify_only"], []):  # the second: only verifies what the first run wrote
         result = in_terminal(*command, *flags, stdout=False, stderr=True, env={})
-        assert (result.rc, result.err.strip()) == (0, "[1/1] model.safetensors")
+        assert (result.rc, before_the_end(result, tmp_path / "out")) == (0, "[1/1] model.safetensors")
 
 
 def test_piped_output_is_plain_text_with_a_line_per_shard(
@@ -619,7 +640,8 @@ def test_piped_output_is_plain_text_with_a_line_per_shard(
 ) -> None:
     result = run("--input_dir", checkpoint("text", shards=2), "--output_dir", tmp_path / "out")
     assert result.rc == 0
-    assert result.err.splitlines() == [f"[{i}/2] model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    progress = before_the_end(result, tmp_path / "out").splitlines()
+    assert progress == [f"[{i}/2] model-0000{i}-of-00002.safetensors" for i in (1, 2)]
     assert not re.search(r"[\x00-\x09\x0b-\x1f]", result.out + result.err)
     assert "⚠ WARN" in result.out
 

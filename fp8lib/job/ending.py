@@ -12,7 +12,7 @@ from fp8lib.verification.health import Zone
 from fp8lib.verification.loading import GPU_BYTES, serving_commands
 
 
-def print_ending(folder: Path, plan: Plan, found: Findings, verdict: Zone, seconds: float) -> None:
+def print_ending(folder: Path, plan: Plan, found: Findings, verdict: Zone, seconds: float | None) -> None:
     """Print to stderr: times and paths differ between runs that say the same on stdout.
 
     Nothing of a directory that is no model, and no commands for one that FAILed.
@@ -22,13 +22,13 @@ def print_ending(folder: Path, plan: Plan, found: Findings, verdict: Zone, secon
         plan: what is in it.
         found: what verification says of it.
         verdict: the same in a word.
-        seconds: that the run took.
+        seconds: that the run took; None if it only looked at what another had quantized.
     """
     if found.problems:
         return
     before = sum(shard.source.size for shard in plan.shards)
     sizes = f"{size(before)} -> {size(plan.output_bytes())}"
-    lines = [f"{printable(folder)}: {sizes} in {_duration(seconds)}"]
+    lines = [f"{printable(folder)}: {sizes}" + (f" in {_duration(seconds)}" if seconds is not None else "")]
     commands = serving_commands(found.loading, shlex.quote(printable(folder)))
     if commands and verdict is not Zone.FAIL:
         lines += [

@@ -96,7 +96,8 @@ def quantize(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
     found = _findings(flags, plan, ordered, covered, moments)
     verdict = summarize(flags, talk, found)
     if not flags.quiet:
-        print_ending(flags.output_dir, plan, found, verdict, time.monotonic() - begun)
+        took = time.monotonic() - begun if todo.quantize else None
+        print_ending(flags.output_dir, plan, found, verdict, took)
     return agree(ranks, verdict)
 
 
