@@ -98,7 +98,8 @@ COMMAND = Command(
     parse,
     _run,
     interrupted="interrupted: no statistics were written",
-    out_of_memory="add --layerwise, or give a smaller --batch_size or --max_prompt_tokens",
+    out_of_memory="add --layerwise, or give a smaller --batch_size or --max_prompt_tokens, "
+    "or --device_map cpu",
 )
 main = COMMAND.main
 

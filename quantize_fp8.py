@@ -221,7 +221,8 @@ COMMAND = Command(
     parse,
     _run,
     interrupted="interrupted; run the same command again (without --overwrite) to continue",
-    out_of_memory="use fewer --workers, or a smaller --batch_size to compare outputs",
+    out_of_memory="use fewer --workers, a smaller --batch_size to compare outputs, "
+    "or --device cpu if it is the device's",
 )
 main = COMMAND.main
 

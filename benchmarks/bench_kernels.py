@@ -6,8 +6,13 @@ timed in turn with the kernels, is a plain copy of as many bytes as a kernel rea
 
     python benchmarks/bench_kernels.py
     python benchmarks/bench_kernels.py --device cuda --rows 8192 --columns 2048
+    python benchmarks/bench_kernels.py --count
+
+`--count` measures no time and needs no GPU: on a device that is only pretended it counts launches, waits of
+the host and bytes for each piece and mode.
 """
 
+import argparse
 import statistics
 import sys
 import time
@@ -41,7 +46,11 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=7, help="timings, of which the median counts")
     parser.add_argument("--seconds", type=float, default=0.5, help="length of one timing")
     parser.add_argument("--json", type=Path, help="also write the results here")
+    parser.add_argument("--count", action="store_true", help="count what a piece asks of a CUDA device")
     flags = parser.parse_args()
+    if flags.count:
+        _count(flags)
+        return
 
     device = choose_device(flags.device)
     keep_freed_memory()
@@ -78,6 +87,19 @@ def main() -> None:
     print(machine.heading(where))
     print(f"{device}, {workers} threads, pieces of {rows} x {flags.columns}, ", end="")
     print(f"copy {2 * copy / 1e9:.1f} GB/s read and as much written\n")
+    print(machine.table(result))
+    machine.save(flags.json, where, result)
+
+
+def _count(flags: argparse.Namespace) -> None:
+    from kernel_counts import count_all
+
+    torch.set_num_threads(1)
+    rows = flags.rows or 512
+    result = count_all(2, rows, flags.columns)
+    where = machine.describe()
+    print(machine.heading(where))
+    print(f"pretended device, pieces of 2 matrices of {rows} x {flags.columns}\n")
     print(machine.table(result))
     machine.save(flags.json, where, result)
 

@@ -37,6 +37,27 @@ from llmcompressor import model_free_ptq
 model_free_ptq(model_stub=sys.argv[1], save_directory=sys.argv[2], scheme="FP8_BLOCK",
                ignore=json.loads(sys.argv[3]), device=sys.argv[4], max_workers=int(sys.argv[5]))
 """
+FLOOR = """
+import sys, torch
+from pathlib import Path
+from fp8lib.checkpoint.directory import open_checkpoint
+from fp8lib.checkpoint.plan import make_plan
+from fp8lib.numerics.blocks import blocks
+from fp8lib.streaming.pipeline import process
+from fp8lib.streaming.shard_job import CUDA_PIECE, Settings
+from fp8lib.streaming.units import divide
+def nothing(matrix, rows, first):
+    scales = torch.ones(blocks(len(rows)), blocks(matrix.columns), dtype=torch.bfloat16)
+    return rows.view(-1).view(torch.uint8)[: rows.numel()].view(rows.shape), scales
+nothing.stacked = lambda parts, rows: nothing(parts[0][0], rows, 0)
+source, output, checksums = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "True"
+output.mkdir()
+at_once = 4 if checksums else 1
+settings = Settings(nothing, torch.device("cpu"), 4, checksums, CUDA_PIECE, CUDA_PIECE, 16, at_once)
+for _ in process(divide(list(make_plan(open_checkpoint(source)).shards), 1, True), output, settings):
+    pass
+"""
+"""The I/O of a run with a GPU and nothing else: the same pieces, readers and writers, no arithmetic."""
 
 
 def main() -> None:
@@ -57,13 +78,19 @@ def main() -> None:
     parser.add_argument(
         "--peer", action="store_true", help="also llm-compressor's model_free_ptq, if installed"
     )
+    parser.add_argument("--also", default="", help="one more flag for every run, such as --also=--checksums")
+    parser.add_argument(
+        "--floor", action="store_true", help="also the same reads and writes without any arithmetic"
+    )
     parser.add_argument("--json", type=Path, help="also write the results here")
     flags = parser.parse_args()
+    flags.folder = flags.folder.resolve()
 
     shape = checkpoints.BENCHMARK if flags.model == "benchmark" else checkpoints.MODELS[flags.model]
     if flags.layers:
         shape = replace(shape, layers=flags.layers)
     hardware = ["--device", flags.device, *(["--workers", str(flags.workers)] if flags.workers else [])]
+    hardware += [flags.also] if flags.also else []
     rows = (_growth if flags.growth else _modes)(flags, shape, hardware)
     where = machine.describe()
     print(machine.heading(where) + "\n")
@@ -80,6 +107,9 @@ def _modes(flags: argparse.Namespace, shape: checkpoints.Shape, hardware: list[s
     runs["rms, --verify_samples all"] = ["--calib_mode", "rms", "--verify_samples", "all"]
     output = flags.folder / "out"
     commands = {name: _command(source, output, [*extra, *hardware]) for name, extra in runs.items()}
+    if flags.floor:
+        hashed = str(flags.also == "--checksums")
+        commands["I/O floor"] = [sys.executable, "-c", FLOOR, str(source), str(output), hashed]
     for ranks in flags.ranks.split(",") if flags.ranks else ():
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
         command = _command(source, output, ["--calib_mode", "rms", *hardware])[1:]
@@ -167,7 +197,7 @@ def _compare(flags: argparse.Namespace, source: Path, commands: dict, parameters
 def _time(command: list[str]) -> tuple[float, float, int]:
     """(wall seconds, CPU seconds, peak resident bytes) of a process."""
     start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=QUANTIZE.parent)
     _, status, usage = os.wait4(process.pid, 0)
     wall = time.perf_counter() - start
     process.returncode = os.waitstatus_to_exitcode(status)

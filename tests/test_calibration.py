@@ -3,7 +3,7 @@
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 import numpy as np
 import pytest
@@ -19,6 +19,7 @@ from fp8lib.calibration.input_statistics import InputStatistics, Sums, input_of,
 from fp8lib.calibration.recording import Recorder
 from fp8lib.model import whole_model
 from fp8lib.model.prompts import Batch, make_batches
+from pretended_device import PretendedCuda
 
 LINEARS = {  # the module that sees an input first -> the weights it feeds
     "linear_attn.in_proj_qkv": ["linear_attn.in_proj_qkv", "linear_attn.in_proj_z"],
@@ -310,8 +311,38 @@ def test_no_call_waits_for_the_device():
         experts.add_grouped(x, group)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real device here")
+@pytest.mark.parametrize(("capability", "waits"), [((9, 0), {}), ((8, 0), {"_grouped_mm": 1})])
+def test_recording_experts_waits_at_most_for_grouped_mm(checkpoint, capability, waits):
+    path = checkpoint("moe")
+    modules = whole_model.load(path, "cpu").named_modules()
+    experts = next(module for name, module in modules if name.endswith("mlp.experts"))
+    weights = experts.gate_up_proj.detach()
+    del experts.gate_up_proj
+    with PretendedCuda(capability=capability) as cuda, torch.no_grad(), Recorder(plan_of(path)) as recorder:
+        experts.__dict__["gate_up_proj"] = weights.to("cuda:0")
+        recorder._watched[experts] = "experts"
+        recorder.look_at(torch.arange(100).view(1, -1) < 85)
+        x = recorder._tokens(torch.randn(100, 256).bfloat16().to("cuda:0"))
+        routed = recorder._tokens((torch.arange(200) % 8).view(100, 2).to("cuda:0"))
+        cuda.waits.clear()
+        recorder._record_experts(experts, x, routed)
+        assert dict(cuda.waits) == waits
+    assert sorted(recorder._sums) == ["experts", "experts.down_proj"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real device here")
+def test_leaving_out_padding_does_not_wait(checkpoint):
+    with PretendedCuda() as cuda, torch.no_grad(), Recorder(plan_of(checkpoint("moe"))) as recorder:
+        x = torch.randn(100, 256).bfloat16().to("cuda:0")
+        cuda.waits.clear()
+        recorder.look_at(torch.arange(100).view(1, -1) < 85)
+        assert recorder._tokens(x).shape == (85, 256)
+        assert not cuda.waits  # a copy from memory that is not pinned would be one
+
+
 @pytest.mark.gpu
-def test_no_call_waits_for_cuda(checkpoint):
+def test_recording_experts_waits_for_cuda_at_most_in_grouped_mm(checkpoint):
     path = checkpoint("moe")
     model = whole_model.load(path, "cuda:0")
     batch = make_batches(prompts_of([60, 25]), 2, NO_LIMIT, PAD)[0]
@@ -322,9 +353,14 @@ def test_no_call_waits_for_cuda(checkpoint):
         routed = torch.randint(0, 8, (85, 2), device="cuda")
         experts = next(iter(recorder._watched))
         recorder._kept_on[x.device] = torch.arange(85, device="cuda")
+        reads_offsets_on_the_device = torch.cuda.get_device_capability()[0] in (9, 10)
+        waits = (
+            nullcontext() if reads_offsets_on_the_device else pytest.raises(RuntimeError, match="synchroniz")
+        )
         torch.cuda.set_sync_debug_mode("error")
         try:
-            recorder._record_experts(experts, recorder._tokens(x), recorder._tokens(routed))
+            with waits:
+                recorder._record_experts(experts, recorder._tokens(x), recorder._tokens(routed))
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

@@ -352,8 +352,9 @@ def test_an_error_of_the_disk_is_named_with_a_way_out(
 @pytest.mark.parametrize(
     "error",
     ["OSError(errno.ENOMEM, 'Cannot allocate memory')", "RuntimeError(\"can't start new thread\")",
-     "RuntimeError(\"DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes\")"],
-    ids=["of the kernel", "for a thread", "of torch"],
+     "RuntimeError(\"DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes\")",
+     "__import__('torch').OutOfMemoryError('CUDA out of memory. Tried to allocate 9.00 GiB.')"],
+    ids=["of the kernel", "for a thread", "of torch", "of the device"],
 )  # fmt: skip
 def test_memory_that_is_not_there_is_called_that(error: str, source: Path, tmp_path: Path) -> None:
     before = f"""
@@ -361,7 +362,8 @@ import errno, fp8lib.job.run
 def fail(*arguments): raise {error}
 fp8lib.job.run.make_plan = fail
 """
-    assert_refused(quantize(source, tmp_path / "out", before=before), "out of memory", "--workers")
+    ended = quantize(source, tmp_path / "out", before=before)
+    assert_refused(ended, "out of memory", "--workers", "--device cpu")
 
 
 def test_an_output_directory_that_is_removed_in_the_middle(source: Path, tmp_path: Path) -> None:

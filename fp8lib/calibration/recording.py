@@ -12,7 +12,9 @@ second time, for the statistics alone. That costs two thirds of the experts' ari
 nothing to how the implementation orders its rows.
 
 Everything accumulates where the activations are, and padding is left out by an index that is made on the
-host, once per forward pass. So no call waits for the device.
+host, once per forward pass. So no call waits for the device, with one exception: `grouped_mm`, which computes
+the input of down_proj, reads on the host how many tokens each expert got, once per layer and pass, unless the
+device is of compute capability 9 or 10 (Hopper and the Blackwell of data centres) and all is BF16.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from fp8lib.checkpoint.plan import Plan
 from fp8lib.checkpoint.rules import canonical
 from fp8lib.checkpoint.untrusted import printable
 from fp8lib.model import internals
+from fp8lib.streaming.devices import copy_without_waiting
 
 if TYPE_CHECKING:
     from fp8lib.calibration.second_moments import MomentSums
@@ -131,7 +134,7 @@ class Recorder:
         if self._kept is None:
             return tokens
         if x.device not in self._kept_on:
-            self._kept_on[x.device] = self._kept.to(x.device, non_blocking=True)
+            self._kept_on[x.device] = copy_without_waiting(self._kept, x.device)
         return tokens.index_select(0, self._kept_on[x.device])
 
     def _input(self, name: str, groups: int, tokens: torch.Tensor) -> Sums:

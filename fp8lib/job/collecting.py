@@ -215,9 +215,11 @@ def _device(flags: Namespace, ranks: Ranks) -> "torch.device | None":
     """The torch device that --device_map names; None where accelerate is to spread the model."""
     if flags.device_map in _SPREAD and not flags.layerwise:
         return None
-    from fp8lib.streaming.devices import choose_device
+    from fp8lib.streaming.devices import choose_device, make_current
 
-    return choose_device(flags.device_map, ranks.local_rank, flag="--device_map")
+    device = choose_device(flags.device_map, ranks.local_rank, flag="--device_map")
+    make_current(device)
+    return device
 
 
 def _check_memory(

@@ -134,6 +134,7 @@ def settings_for(
         device=device,
         workers=flags.workers or devices.default_workers(device, ranks.local_world),
         checksums=flags.checksums,
+        readers=devices.default_readers(device, ranks.local_world),
     )
 
 

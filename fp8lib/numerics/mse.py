@@ -107,12 +107,12 @@ def mse_scales(
 
 
 def per_block_column(activation: torch.Tensor) -> torch.Tensor:
-    """float32 [columns] -> float64 [Cb, 128] in units of the block column's loudest, all ones if that is 0.
+    """float32 [..., columns] -> float64 [..., Cb, 128] by each block's loudest, ones if that is 0.
 
     The unit is a power of two: only the ratios decide, and no sum of losses leaves float32.
     """
-    blocked = activation.double().view(-1, BLOCK)
-    loudest = blocked.amax(dim=1, keepdim=True)
+    blocked = activation.double().unflatten(-1, (-1, BLOCK))
+    loudest = blocked.amax(dim=-1, keepdim=True)
     return torch.where(loudest > 0, blocked / leading_power(loudest), 1.0)
 
 
@@ -120,15 +120,15 @@ def _as_integers(activation: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Channel weights as integers up to 2^38: 16384 of them add up exactly in float64, in any order.
 
     Args:
-        activation: float64 [Cb, 128], some of each row positive.
+        activation: float64 [..., Cb, 128], some of each row positive.
 
     Returns:
-        (float64 [Cb, 128], bool [Cb]: whether a channel is too faint beside the loudest of its block to
-        keep ten bits).
+        (float64 [..., Cb, 128], bool [..., Cb]: whether a channel is too faint beside the loudest of its
+        block to keep ten bits).
     """
-    shift = 38 - torch.frexp(activation.amax(dim=1, keepdim=True)).exponent
+    shift = 38 - torch.frexp(activation.amax(dim=-1, keepdim=True)).exponent
     integers = torch.round(activation * power_of_two(shift, torch.float64))
-    return integers, ((activation > 0) & (integers < 2**10)).any(dim=1)
+    return integers, ((activation > 0) & (integers < 2**10)).any(dim=-1)
 
 
 def _smallest_unclipped(mantissa: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
@@ -190,7 +190,7 @@ def _histograms(
     Args:
         codes: int16 [rows, columns], from `magnitude_bits`.
         amax: float32 [Rb, Cb].
-        importance: float64 [Cb, 128], integers; None for 1.
+        importance: float64 [Cb, 128] or [Rb, Cb, 128], integers; None for 1.
         group: blocks to count at a time.
 
     Returns:
@@ -210,8 +210,8 @@ def _histograms(
     parts = index.view(-1).split(group * BLOCK * BLOCK)
     spread = [None] * len(parts)
     if importance is not None:
-        columns = importance.unsqueeze(1).expand(-1, BLOCK, -1).repeat(row_blocks, 1, 1)
-        spread = columns.view(-1).split(group * BLOCK * BLOCK)
+        columns = importance.unsqueeze(-2).expand(row_blocks, column_blocks, BLOCK, BLOCK)
+        spread = columns.reshape(-1).split(group * BLOCK * BLOCK)
     counts = [
         torch.bincount(part, weight, minlength=len(part) // BLOCK // BLOCK * _BINS)
         for part, weight in zip(parts, spread, strict=True)

@@ -48,7 +48,8 @@ def quantize_blocks(
     Args:
         weights: [rows, columns], BF16, F16 or F32.
         calibration: how to choose the scales.
-        activation: float32 [columns], mean square of each input channel, finite and >= 0; None for 1.
+        activation: float32 [columns], mean square of each input channel, finite and >= 0; None for 1. Or
+            [ceil(rows/128), columns], where matrices with other inputs lie below each other.
 
     Returns:
         (float8_e4m3fn [rows, columns], bfloat16 [ceil(rows/128), ceil(columns/128)]). A block that
@@ -148,8 +149,9 @@ def _saturating_rms(
     count = rows_in_block * columns_in_block
     mean = pairwise_sum(_by_block(per_column), dim=2) / count
     if activation is not None:
-        importance = per_block_column(activation).float() * (activation > 0).view(-1, BLOCK)
-        weight = rows_in_block * pairwise_sum(importance[None].clone(), dim=2)
+        importance = per_block_column(activation).float() * (activation > 0).unflatten(-1, (-1, BLOCK))
+        importance = importance.view(-1, columns // BLOCK, BLOCK)  # [1 or Rb, Cb, 128]
+        weight = rows_in_block * pairwise_sum(importance.clone(), dim=2)
         weighted = pairwise_sum(_by_block(per_column) * importance, dim=2)
         mean = torch.where(weighted > 0, weighted / weight, mean)  # else no weight meets a signal
     return divide(factor * mean.sqrt(), MAX) * unit

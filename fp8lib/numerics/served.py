@@ -48,20 +48,17 @@ def requantize(
     return apply_per_block(weights, 1 / powers, torch.Tensor.mul_).to(DTYPE), powers
 
 
-def as_served(codes: torch.Tensor, scales: torch.Tensor, restored: torch.Tensor) -> torch.Tensor:
-    """The values of the weights after vLLM's requantization, float32 [rows, columns].
+def is_served_as_written(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Whether vLLM's requantization changes no value, told in a tenth of its time.
 
     Args:
         codes, scales: as `requantize`.
-        restored: their values, `dequantize(codes, scales)`.
 
     Returns:
-        `restored` itself where that is what comes out, which takes a tenth of the time.
+        bool [], on their device.
     """
     powers, before = _powers(codes, scales, through_bf16=False), scales.float()
-    if bool(((powers <= before) & (covering_power(before, 1.0) == before)).all()):
-        return restored
-    return dequantize(*requantize(codes, scales))
+    return ((powers <= before) & (covering_power(before, 1.0) == before)).all()
 
 
 def _powers(codes: torch.Tensor, scales: torch.Tensor, through_bf16: bool) -> torch.Tensor:

@@ -8,6 +8,7 @@ second_order  the same with the second moments of its input
 factors       made of second moments once, and kept
 units         how the work is cut up
 lanes         what a worker thread works with: buffers, a stream, threads that read ahead and write behind
+checksum      SHA-256 of a shard's bytes as they are written
 writer        one output file: temporary name, fsync, rename
 direct        direct I/O
 devices       which device, how many threads

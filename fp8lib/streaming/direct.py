@@ -21,6 +21,18 @@ _FILE_SYSTEMS = {0xEF53, 0x58465342}
 their own to gather requests."""
 
 
+_REFUSALS = (errno.EFAULT, errno.EINVAL, errno.EOPNOTSUPP)
+
+
+def is_refusal(error: BaseException | None) -> bool:
+    """Whether an error of a direct transfer only means that it cannot be direct.
+
+    Not all memory is made of pages that a disk's driver may write to or read from. Some drivers map pinned
+    buffers in such a way (EFAULT), some disks want another alignment (EINVAL).
+    """
+    return isinstance(error, OSError) and error.errno in _REFUSALS
+
+
 def takes_direct(descriptor: int) -> bool:
     """Whether a file lies where direct I/O works and pays."""
     answer = (ctypes.c_long * 32)()

@@ -9,20 +9,37 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext, suppress
+from enum import Enum, auto
 from pathlib import Path
 
 import torch
 
 from fp8lib import Fp8Error
 from fp8lib.checkpoint.headers import Shard
+from fp8lib.checkpoint.layout import PAGE
 from fp8lib.checkpoint.untrusted import printable
-from fp8lib.streaming.direct import open_direct, takes_direct, whole_pages
+from fp8lib.streaming.devices import make_current
+from fp8lib.streaming.direct import is_refusal, open_direct, takes_direct
 
 _OUTPUTS = 3
 """Sets of output buffers of a lane: one is filled, one written, and one waits for when the disk is slow."""
 
+_LARGEST_ITEM = 8
+"""Bytes on a multiple of which any element may begin: elsewhere a buffer could not be viewed as them."""
+
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 """Torch's dtype for the dtypes that weights and scales may have."""
+
+
+class Way(Enum):
+    """Where bytes are read from."""
+
+    CACHE = auto()
+    """The page cache, which has them or gets them."""
+    DISK = auto()
+    """The disk itself, past the page cache, where that is possible."""
+    NEAREST = auto()
+    """The page cache as far as it has them, the rest as with DISK."""
 
 
 def keep_freed_memory() -> None:
@@ -43,10 +60,11 @@ class Files:
 
     def __init__(self) -> None:
         self._descriptors: dict[tuple[Path, bool], int] = {}
+        self._refuses_direct: set[Path] = set()  # its descriptor stays open: others may be using it
         self._lock = threading.Lock()
 
-    def read_into(self, buffer: torch.Tensor, path: Path, start: int, direct: bool = False) -> None:
-        """Fill a uint8 host tensor with a file's bytes from `start` on; if `direct`, from the disk itself.
+    def read_into(self, buffer: torch.Tensor, path: Path, start: int) -> None:
+        """Fill a uint8 host tensor with a file's bytes from `start` on.
 
         `pread` into a buffer that is used again: a mapped file would count as resident memory, and
         every page of it would fault.
@@ -57,8 +75,7 @@ class Files:
         view = memoryview(buffer.numpy())
         try:
             while len(view):
-                pages = whole_pages(view, start) if direct and self._open(path, direct=True) >= 0 else 0
-                count = os.preadv(self._open(path, pages > 0), [view[: pages or None]], start)
+                count = os.preadv(self._open(path), [view], start)
                 if count == 0:
                     raise Fp8Error(
                         f"{printable(path)}: became shorter while it was read; restore it and run again"
@@ -67,6 +84,44 @@ class Files:
         except OSError as error:
             raise Fp8Error(f"{printable(path)}: cannot be read ({error.strerror})") from None
 
+    def read_pages(self, buffer: torch.Tensor, path: Path, start: int, nbytes: int, cached: bool) -> int:
+        """Read past the page cache, as far as that is possible.
+
+        Whole pages are read, which direct I/O wants: the page of a file that holds byte `start` goes to the
+        beginning of the buffer.
+
+        Args:
+            buffer: uint8 host tensor that begins on a page and ends on one behind the last byte.
+            path: of the file.
+            start: of the bytes wanted.
+            nbytes: their number.
+            cached: take first what the page cache has of them.
+
+        Returns:
+            How many of the bytes wanted are in the buffer, from `start % PAGE` on.
+
+        Raises:
+            Fp8Error: the file cannot be read.
+        """
+        view, skip, done = memoryview(buffer.numpy()), start % PAGE, 0
+        try:
+            if cached and hasattr(os, "RWF_NOWAIT"):
+                with suppress(OSError):  # EAGAIN: it has none of them. Another error will come again
+                    done = os.preadv(self._open(path), [view[skip : skip + nbytes]], start, os.RWF_NOWAIT)
+            direct = self._open_direct(path)
+            while done < nbytes and direct >= 0:
+                page = (skip + done) // PAGE * PAGE
+                end = -(-(skip + nbytes) // PAGE) * PAGE
+                count = os.preadv(direct, [view[page:end]], start - skip + page)
+                if page + count <= skip + done:  # the file ends here
+                    break
+                done = min(page + count - skip, nbytes)
+        except OSError as error:
+            if not is_refusal(error):
+                raise Fp8Error(f"{printable(path)}: cannot be read ({error.strerror})") from None
+            self._refuses_direct.add(path)
+        return done
+
     def refuse_changed(self, shard: Shard) -> None:
         """Refuse a file that is not, or no longer, the one whose header was read.
 
@@ -74,7 +129,7 @@ class Files:
             Fp8Error: size or modification time differ; or it cannot be opened.
         """
         try:
-            status = os.fstat(self._open(shard.path, direct=False))
+            status = os.fstat(self._open(shard.path))
         except OSError as error:
             raise Fp8Error(f"{printable(shard.path)}: cannot be read ({error.strerror})") from None
         if (status.st_size, status.st_mtime_ns) != (shard.size, shard.mtime_ns):
@@ -83,13 +138,18 @@ class Files:
                 "--overwrite"
             )
 
-    def _open(self, path: Path, direct: bool) -> int:
+    def _open(self, path: Path) -> int:
         with self._lock:
-            plain = self._descriptors.get((path, False))
-            if plain is None:
-                plain = self._descriptors[path, False] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            if not direct:
-                return plain
+            if (path, False) not in self._descriptors:
+                self._descriptors[path, False] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            return self._descriptors[path, False]
+
+    def _open_direct(self, path: Path) -> int:
+        """A descriptor for direct I/O, -1 where there is none."""
+        plain = self._open(path)
+        with self._lock:
+            if path in self._refuses_direct:
+                return -1
             if (path, True) not in self._descriptors:
                 self._descriptors[path, True] = open_direct(path, os.O_RDONLY) if takes_direct(plain) else -1
             return self._descriptors[path, True]
@@ -132,12 +192,20 @@ class Lane:
         return buffer[:nbytes]
 
     def read(
-        self, name: str, files: Files, path: Path, start: int, nbytes: int, direct: bool = False
+        self, name: str, files: Files, path: Path, start: int, nbytes: int, way: Way = Way.CACHE
     ) -> torch.Tensor:
-        """Bytes of a file in the host buffer `name`, uint8 [nbytes]; if `direct`, from the disk itself."""
-        buffer = self.host(name, nbytes)
-        files.read_into(buffer, path, start, direct)
-        return buffer
+        """Bytes of a file, uint8 [nbytes], somewhere in the host buffer `name`."""
+        if way is Way.CACHE or start % _LARGEST_ITEM:
+            found, done = self.host(name, nbytes), 0
+        else:
+            skip = start % PAGE
+            buffer = self.host(name, nbytes + 2 * PAGE)
+            found = buffer[skip : skip + nbytes]
+            pages = buffer.data_ptr() % PAGE == 0
+            done = files.read_pages(buffer, path, start, nbytes, way is Way.NEAREST) if pages else 0
+        if done < nbytes:
+            files.read_into(found[done:], path, start + done)
+        return found
 
     def to_device(self, host: torch.Tensor) -> torch.Tensor:
         """A host tensor on the device; on CUDA the copy is queued in the lane's stream."""
@@ -183,11 +251,15 @@ class ReadAhead:
     """Reads what tasks will need, in threads that do nothing else, into buffers that take turns."""
 
     def __init__(self, device: torch.device, threads: int, turns: int) -> None:
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="reader")
+        self.device = device
+        self._pool = ThreadPoolExecutor(threads, "reader", initializer=make_current, initargs=(device,))
         self._lanes = deque(Lane(device) for _ in range(turns))
 
     def submit(self, function: Callable, *arguments: object) -> Future:
-        """Call `function(lane, …)`; what it reads is valid until the last but one of `turns` more calls."""
+        """Call `function(lane, …)`; what it reads is valid until the last but one of `turns` more calls.
+
+        On CUDA that includes copies to the device: whoever makes one waits for it before that.
+        """
         self._lanes.rotate()
         lane = self._lanes[0]
 

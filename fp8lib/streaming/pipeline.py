@@ -3,12 +3,16 @@
 A piece is a few hundred rows of one matrix, always whole rows of blocks. A worker thread takes a piece
 through its steps: `pread` into its own buffer, the kernels, and, in a second thread of the worker's lane,
 `pwrite` at the offsets the plan gave, while the worker is at its next piece. Threads are enough, because
-reading, torch's kernels and writing all release the interpreter lock. On CUDA each worker has its own
-stream and pinned buffers, so that copies in both directions overlap with kernels. A check that
-reads a shard back gets threads of its own that read ahead.
+reading, torch's kernels and writing all release the interpreter lock.
 
-Memory is workers x piece, whatever the size of a tensor or a shard. Nothing a worker computes depends on
-another piece, so neither the number of workers nor the size of a piece can change a byte.
+On CUDA each worker has its own stream and pinned buffers, so that copies in both directions overlap with
+kernels. Pieces are larger there, and small matrices that follow each other in the file make up one of them:
+one read, one sequence of kernels, one write, because the host would take longer than the device over the
+99 % of a mixture of experts that are matrices of a million weights. Reading is left to threads of its own,
+which have many reads under way at once. A check that reads a shard back has them on a CPU, too.
+
+Memory is pieces under way x piece, whatever the size of a tensor or a shard. Nothing a worker computes
+depends on another piece, so neither the number of workers nor the size of a piece can change a byte.
 
 The calling thread hands out pieces in order, a few per worker ahead, and is the only one that
 touches progress, results and shards' beginnings and ends. Waiting for the disk to make a finished shard
@@ -21,6 +25,7 @@ from pathlib import Path
 import torch
 
 from fp8lib.checkpoint.layout import ShardPlan
+from fp8lib.streaming.devices import make_current
 from fp8lib.streaming.lanes import keep_freed_memory
 from fp8lib.streaming.scheduler import Done, Scheduler, ToCheck
 from fp8lib.streaming.shard_job import Check, Settings
@@ -54,6 +59,7 @@ def process(
         Fp8Error: unreadable input, NaN or infinity in a weight, a full disk. No partial file is left.
     """
     keep_freed_memory()
+    make_current(settings.device)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # parallelism comes from the workers
     scheduler = Scheduler(output, settings, on_bytes, is_last_part, check)

@@ -14,6 +14,7 @@ import torch
 
 from fp8lib.checkpoint.headers import Shard
 from fp8lib.checkpoint.layout import ShardPlan
+from fp8lib.streaming.devices import make_current
 from fp8lib.streaming.lanes import Lane, ReadAhead
 from fp8lib.streaming.shard_job import Check, Settings, ShardJob, Task
 from fp8lib.streaming.units import Unit
@@ -80,9 +81,13 @@ class Scheduler:
         self.on_bytes = on_bytes
         self.is_last_part = is_last_part
         self.check = check
-        self.workers = ThreadPoolExecutor(settings.workers, thread_name_prefix="worker")
+        self.workers = ThreadPoolExecutor(
+            settings.workers, "worker", initializer=make_current, initargs=(settings.device,)
+        )
         self.committer = ThreadPoolExecutor(1, thread_name_prefix="commit")
-        self.ahead = ReadAhead(settings.device, settings.workers, _IN_FLIGHT * settings.workers + 1)
+        readers = settings.reading_threads or settings.workers
+        self.ahead = ReadAhead(settings.device, readers, _IN_FLIGHT * settings.workers + 1)
+        self.handing_out: deque[tuple[ShardJob, Iterator[Task]]] = deque()
         self.in_flight: deque[tuple[ShardJob, Future, Callable[[object], None]]] = deque()
         self.committing: deque[tuple[ShardJob, Future]] = deque()
         self.durable: deque[ShardJob] = deque()
@@ -96,16 +101,20 @@ class Scheduler:
         for item in work:
             if isinstance(item, Unit):
                 yield from self._make_room()
-                yield from self._start(item)
+                self._start(item)
+                yield from self._hand_out(self.settings.shards_at_once - 1)
             else:
                 yield from self._check_complete(item)
             yield from self._check_durable()
+        yield from self._hand_out(0)
         while self.in_flight or self.committing or self.durable:
             yield from self._check_durable() if self.durable else self._step()
         yield from self._results()
 
     def stop(self, wait_for_disk: bool) -> None:
         """Let running pieces end, drop the rest, remove partial files."""
+        for job in self.jobs:
+            job.drop_checksum()  # or a worker would wait for bytes that do not come any more
         self.workers.shutdown(wait=True, cancel_futures=True)
         for lane in self.lanes:
             lane.stop()
@@ -131,17 +140,30 @@ class Scheduler:
         yield from self._results()
 
     def _make_room(self) -> Iterator[Done]:
-        """Wait while as many shards are half written as there are workers: a crash leaves that many files."""
-        while sum(job.writer is not None for job in self.jobs) >= max(self.settings.workers, 2):
+        """Wait while as many shards are half written as there are workers: a crash leaves their files."""
+        most = max(self.settings.workers, 2) + self.settings.shards_at_once - 1
+        while sum(job.writer is not None for job in self.jobs) >= most:
             yield from self._step()
 
-    def _start(self, unit: Unit) -> Iterator[Done]:
+    def _start(self, unit: Unit) -> None:
         plan = unit.plan
         job = ShardJob(plan.name, plan.size, self.settings, source=plan.source, unit=unit)
         self.jobs.append(job)
         job.refuse_changed()
         job.open_output(self.output)
-        yield from self._submit(job, job.tasks(self.on_bytes))
+        job.all_submitted = False
+        self.handing_out.append((job, job.tasks(self.on_bytes, self.ahead)))
+
+    def _hand_out(self, left: int) -> Iterator[Done]:
+        """Hand out pieces of the shards that were started, in turn, until only so many of them have any."""
+        while len(self.handing_out) > left:
+            job, tasks = self.handing_out.popleft()
+            if (task := next(tasks, None)) is None:
+                job.all_submitted = True
+                self._advance(job)
+            else:
+                self.handing_out.append((job, tasks))
+                yield from self._submit_one(job, *task)
 
     def _check_complete(self, item: ToCheck) -> Iterator[Done]:
         job = ShardJob(item.name, item.size, self.settings, source=item.source, check=item.check)
@@ -159,13 +181,16 @@ class Scheduler:
 
     def _submit(self, job: ShardJob, tasks: Iterable[Task]) -> Iterator[Done]:
         job.all_submitted = False
-        for function, then in tasks:
-            while len(self.in_flight) >= _IN_FLIGHT * self.settings.workers:
-                yield from self._step()
-            job.outstanding += 1
-            self.in_flight.append((job, self.workers.submit(self._in_lane, function), then))
+        for task in tasks:
+            yield from self._submit_one(job, *task)
         job.all_submitted = True
         self._advance(job)
+
+    def _submit_one(self, job: ShardJob, function: Callable, then: Callable) -> Iterator[Done]:
+        while len(self.in_flight) >= _IN_FLIGHT * self.settings.workers:
+            yield from self._step()
+        job.outstanding += 1
+        self.in_flight.append((job, self.workers.submit(self._in_lane, function), then))
 
     def _in_lane(self, function: Callable[[Lane], object]) -> object:
         if not hasattr(self.thread, "lane"):
@@ -187,6 +212,7 @@ class Scheduler:
         job.refuse_changed()  # first: it would explain a NaN, and an error that no rounding makes
         if job.stage == "quantize":
             job.refuse_broken()
+            job.finish_checksum()
             commit = self.committer.submit(job.make_durable, self.is_last_part)
             self.committing.append((job, commit))
         else:
@@ -215,7 +241,7 @@ class Scheduler:
 
     @staticmethod
     def _done(job: ShardJob, final: bool) -> Done:
-        return Done(job.name, job.size, job.sha256(), job.check if final else None, final)
+        return Done(job.name, job.size, job.sha256, job.check if final else None, final)
 
     def _results(self) -> Iterator[Done]:
         while self.done:

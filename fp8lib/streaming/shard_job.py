@@ -1,9 +1,9 @@
 """One shard under way: its pieces as tasks for worker threads, its checksum, its writer."""
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -11,18 +11,33 @@ import torch
 
 from fp8lib import Fp8Error
 from fp8lib.checkpoint.headers import Shard
-from fp8lib.checkpoint.layout import Matrix, Passthrough
+from fp8lib.checkpoint.layout import Passthrough
 from fp8lib.checkpoint.untrusted import printable
-from fp8lib.numerics.blocks import BLOCK, blocks
-from fp8lib.streaming.convert import Conversion
-from fp8lib.streaming.lanes import DTYPES, Files, Lane, ReadAhead, as_bytes
-from fp8lib.streaming.units import Unit, pieces
+from fp8lib.numerics.blocks import blocks
+from fp8lib.streaming.checksum import OrderedDigest
+from fp8lib.streaming.convert import Conversion, convert_batch
+from fp8lib.streaming.devices import default_readers
+from fp8lib.streaming.lanes import DTYPES, Files, Lane, ReadAhead, Way, as_bytes
+from fp8lib.streaming.units import (
+    Bytes,
+    Rows,
+    Unit,
+    batches,
+    codes_start,
+    input_start,
+    pieces,
+    scales_start,
+)
 from fp8lib.streaming.writer import ShardWriter
 
 CPU_PIECE = 1024 * 1024
 """Weights in a piece on the CPU: its float32 temporaries of 2 MB stay in a core's share of the cache."""
-CUDA_PIECE = 16 * 1024 * 1024
-"""Weights in a piece on CUDA: 32 MB of BF16, enough for the copy engine to reach its full rate."""
+CUDA_PIECE = 16_000_000
+"""Weights in a piece on CUDA: 32 MB of BF16, enough for the copy engine to reach its full rate. A little less
+than 2^24: with the pages around it a piece fits a buffer of 2^25 bytes, and pinned memory comes in powers of
+two."""
+_SHARDS_AT_ONCE = 4
+"""Shards whose pieces are handed out in turn on CUDA when they are hashed: a core hashes 0.5 to 2 GB/s."""
 
 Task = tuple[Callable[[Lane], object], Callable[[object], None]]
 """What a worker does with its lane, and what the scheduling thread does with the outcome."""
@@ -45,6 +60,11 @@ class Settings:
         workers: worker threads; each has one more that writes and one that reads ahead.
         checksums: compute the SHA-256 of every shard from the bytes as they are written.
         piece: weights per piece, 0 for the device's default.
+        batch: weights of small matrices that go through the kernels together, 0 for one at a time; None for
+            the device's default. On a CPU it is 0: a piece that leaves the core's cache costs more than a
+            kernel's start.
+        readers: threads that read what is quantized, 0 if the workers do; None for the device's default.
+        interleaved: shards whose pieces are handed out in turn; 0 for the default.
     """
 
     convert: Conversion
@@ -52,33 +72,28 @@ class Settings:
     workers: int
     checksums: bool = False
     piece: int = 0
+    batch: int | None = None
+    readers: int | None = None
+    interleaved: int = 0
 
     @property
     def piece_weights(self) -> int:
         return self.piece or (CUDA_PIECE if self.device.type == "cuda" else CPU_PIECE)
 
+    @property
+    def batch_weights(self) -> int:
+        if self.batch is None:
+            return self.piece_weights if self.device.type == "cuda" else 0
+        return self.batch
 
-class _OrderedDigest:
-    """SHA-256 of a file whose bytes arrive nearly in order. Early bytes are kept until their turn.
+    @property
+    def reading_threads(self) -> int:
+        return default_readers(self.device) if self.readers is None else self.readers
 
-    Pieces come in the order of the file. Only a shard's scales are early: 1/8192 of its weights' bytes.
-    """
-
-    def __init__(self, header: bytes) -> None:
-        self._hash = hashlib.sha256(header)
-        self._end = len(header)
-        self._waiting: dict[int, bytes] = {}
-
-    def add(self, start: int, data: bytes) -> None:
-        self._waiting[start] = data
-        while (data := self._waiting.pop(self._end, None)) is not None:
-            self._hash.update(data)
-            self._end += len(data)
-
-    def hexdigest(self, size: int) -> str:
-        if self._end != size:
-            raise AssertionError(f"{size - self._end} bytes of the file were not written")
-        return self._hash.hexdigest()
+    @property
+    def shards_at_once(self) -> int:
+        hashing = self.checksums and self.device.type == "cuda"
+        return self.interleaved or (_SHARDS_AT_ONCE if hashing else 1)
 
 
 @dataclass(slots=True)
@@ -90,6 +105,7 @@ class ShardJob:
         source: the input shard it is made from, None if that is not known.
         unit: what of it is to be quantized; None if it is complete and only to be checked.
         check: what to do when it is complete, or None.
+        sha256: digest of the output file once it is complete; None if it was not asked for.
         broken: names of weights that hold NaN or infinity.
         outstanding: tasks handed out and not settled.
         stage: `quantize` or `check`.
@@ -103,7 +119,8 @@ class ShardJob:
     unit: Unit | None = None
     check: Check | None = None
     writer: ShardWriter | None = None
-    digest: _OrderedDigest | None = None
+    digest: OrderedDigest | None = None
+    sha256: str | None = None
     broken: set[str] = field(default_factory=set)
     outstanding: int = 0
     all_submitted: bool = False
@@ -114,52 +131,81 @@ class ShardJob:
         plan = self.unit.plan
         self.writer = ShardWriter(folder / plan.name, plan.header, plan.size, shared=self.unit.parts > 1)
         if self.settings.checksums:
-            self.digest = _OrderedDigest(plan.header)
+            self.digest = OrderedDigest(plan.header)
 
-    def tasks(self, on_bytes: Callable[[str, int], None]) -> Iterator[Task]:
-        """One task for each of this unit's pieces."""
+    def tasks(self, on_bytes: Callable[[str, int], None], ahead: ReadAhead) -> Iterator[Task]:
+        """One task for each of this unit's pieces, or batches of them."""
 
         def settle(outcome: tuple[int, Future]) -> None:
             count, written = outcome
-            for start, data in written.result():
-                self.digest.add(start, data)
+            written.result()
             on_bytes(self.name, count)
 
-        for piece in pieces(self.unit, self.settings.piece_weights):
-            function = self._copy if isinstance(piece[0], Passthrough) else self._quantize
-            yield (lambda lane, f=function, p=piece: f(lane, *p)), settle
+        found = pieces(self.unit, self.settings.piece_weights)
+        for batch in batches(found, self.settings.batch_weights):
+            kept = isinstance(batch[0][0], Passthrough)
+            function = self._copy if kept else self._quantize
+            read = partial(self._read, batch)
+            if self.settings.reading_threads:
+                # Read directly, bytes lie in their buffer as in the input; to be written directly, what is
+                # kept must lie there as in the output.
+                read = partial(_result_of, ahead.submit(read, "in", Way.CACHE if kept else Way.NEAREST))
+            yield partial(function, batch=batch, read=read), settle
 
-    def _write(self, *chunks: tuple[int, memoryview]) -> list[tuple[int, bytes]]:
-        """Write (offset, data) chunks; returns copies of them if they are to be hashed."""
-        for start, data in chunks:
-            self.writer.write(start, data)
-        return [(start, bytes(data)) for start, data in chunks] if self.digest else []
+    def _read(self, batch: list[Rows | Bytes], lane: Lane, name: str, way: Way = Way.CACHE) -> torch.Tensor:
+        """The input's bytes of a batch, uint8, in the host buffer of that name."""
+        (item, first, _), (last_item, _, last) = batch[0], batch[-1]
+        if isinstance(item, Passthrough):
+            start, end = item.start + first, item.start + last
+        else:
+            start, end = input_start(item, first), input_start(last_item, last)
+        return lane.read(name, self.files, self.source.path, start, end - start, way)
 
-    def _quantize(self, lane: Lane, matrix: Matrix, first: int, last: int) -> tuple[int, Future]:
-        """Rows first..last of a matrix, from file to file. Returns (input bytes, future of `_write`)."""
-        nbytes = (last - first) * matrix.input_row_bytes
-        start = matrix.start + first * matrix.input_row_bytes
-        raw = lane.read("in", self.files, self.source.path, start, nbytes)
-        host = raw.view(DTYPES[matrix.dtype]).view(last - first, matrix.columns)
-        codes, scales = self.settings.convert(matrix, lane.to_device(host), first)
+    def _quantize(
+        self, lane: Lane, batch: list[Rows], read: Callable[[Lane, str], torch.Tensor]
+    ) -> tuple[int, Future]:
+        """Rows of matrices, from file to file. Returns (input bytes, future of `_write`)."""
+        matrix, first, _ = batch[0]
+        raw = read(lane, "in")
+        weights = lane.to_device(raw.view(DTYPES[matrix.dtype]))
+        codes, scales = convert_batch(self.settings.convert, batch, weights)
         output = lane.next_output()
         codes = lane.to_host(f"codes {output}", codes)
         scales = lane.to_host(f"scales {output}", scales)
         lane.synchronize()
-        if not bool(scales.view(torch.bfloat16).isfinite().all()):
-            self.broken.add(matrix.weight.name)
-        scale_row_bytes = 2 * blocks(matrix.columns)
-        return nbytes, lane.write_behind(
+        self._note_broken(batch, scales.view(torch.bfloat16))
+        return len(raw), lane.write_behind(
             self._write,
-            (matrix.weight.start + first * matrix.columns, as_bytes(codes)),
-            (matrix.scale.start + first // BLOCK * scale_row_bytes, as_bytes(scales)),
+            (codes_start(matrix, first), as_bytes(codes)),
+            (scales_start(matrix, first), as_bytes(scales)),
         )
 
-    def _copy(self, lane: Lane, item: Passthrough, first: int, last: int) -> tuple[int, Future]:
-        """Bytes first..last of a tensor that is kept. Returns as `_quantize`."""
-        buffer, path = f"kept {lane.next_output()}", self.source.path
-        raw = lane.read(buffer, self.files, path, item.start + first, last - first)
+    def _note_broken(self, batch: list[Rows], scales: torch.Tensor) -> None:
+        if not bool(scales.isfinite().all()):
+            counts = [blocks(last - first) * blocks(matrix.columns) for matrix, first, last in batch]
+            for (matrix, _, _), own in zip(batch, scales.split(counts), strict=True):
+                if not bool(own.isfinite().all()):
+                    self.broken.add(matrix.weight.name)
+
+    def _copy(
+        self, lane: Lane, batch: list[Bytes], read: Callable[[Lane, str], torch.Tensor]
+    ) -> tuple[int, Future]:
+        """Bytes of a tensor that is kept. Returns as `_quantize`."""
+        ((item, first, last),) = batch
+        raw = read(lane, f"kept {lane.next_output()}")
         return last - first, lane.write_behind(self._write, (item.output.start + first, as_bytes(raw)))
+
+    def _write(self, *chunks: tuple[int, memoryview]) -> None:
+        """Write (offset, data) chunks, of which the first is next in the file, and have them hashed."""
+        hashed = None
+        if self.digest:
+            hashed = self.digest.add(*chunks[0])
+            for start, data in chunks[1:]:
+                self.digest.add(start, bytes(data))
+        for start, data in chunks:
+            self.writer.write(start, data)
+        if hashed:
+            hashed.result()
 
     def refuse_broken(self) -> None:
         """Refuse an input weight with NaN or infinity in it.
@@ -190,9 +236,15 @@ class ShardJob:
         self.writer.commit()
         return True
 
-    def sha256(self) -> str | None:
-        """Digest of the output file, None if it was not asked for."""
-        return self.digest.hexdigest(self.size) if self.digest else None
+    def finish_checksum(self) -> None:
+        """Take the digest of the output file, all of which is written."""
+        if self.digest:
+            self.sha256 = self.digest.hexdigest(self.size)
+
+    def drop_checksum(self) -> None:
+        """Hash no more, and let those go on that wait for it."""
+        if self.digest:
+            self.digest.drop()
 
     def close(self) -> None:
         """Release files; removes the partial output of a shard that was not completed."""
@@ -200,3 +252,8 @@ class ShardJob:
             self.writer.abandon()
             self.writer = None
         self.files.close()
+
+
+def _result_of(read: Future, _lane: Lane, _name: str) -> torch.Tensor:
+    """What was read ahead, in a buffer of its own."""
+    return read.result()

@@ -1,17 +1,23 @@
 """The work of a run, cut up: shards, parts of a shard for several processes, pieces of a part for threads."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from fp8lib.checkpoint.layout import PAGE, Matrix, Passthrough, ShardPlan
-from fp8lib.numerics.blocks import BLOCK
+from fp8lib.numerics.blocks import BLOCK, blocks
 
 _COPY_PIECE = 4 * 1024 * 1024
 _UNITS_PER_RANK = 20
 """With 64 ranks the busiest has 5 % more than the mean then, 8 % with 10 (benchmarks/scale.py)."""
 _SMALLEST_UNIT = 16 * 1024 * 1024
 """Bytes below which dividing a shard costs more than it evens out."""
+
+
+Rows = tuple[Matrix, int, int]
+"""Some rows of a matrix: it, the first of them, a multiple of 128, and the one behind the last."""
+Bytes = tuple[Passthrough, int, int]
+"""Some bytes of a tensor that is kept, in the same way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +49,7 @@ def divide(shards: list[ShardPlan], ranks: int, whole: bool) -> list[Unit]:
     return units
 
 
-def pieces(unit: Unit, weights: int) -> list[tuple[Matrix | Passthrough, int, int]]:
+def pieces(unit: Unit, weights: int) -> list[Rows | Bytes]:
     """A unit's share of its shard's pieces, in the order of the output file.
 
     Returns:
@@ -56,10 +62,60 @@ def pieces(unit: Unit, weights: int) -> list[tuple[Matrix | Passthrough, int, in
     return found[len(found) * unit.part // unit.parts : len(found) * (unit.part + 1) // unit.parts]
 
 
+def batches(found: Iterable[Rows | Bytes], weights: int) -> Iterator[list[Rows | Bytes]]:
+    """Put pieces together whose bytes follow each other in the input, and in the output, too.
+
+    Args:
+        found: in the order of the output file.
+        weights: most that a batch of several pieces holds; 0 for batches of one.
+
+    Yields:
+        Rows of one dtype, of one matrix or several; or one span of bytes.
+    """
+    batch: list[Rows | Bytes] = []
+    held = 0
+    for piece in found:
+        count = 0 if isinstance(piece[0], Passthrough) else (piece[2] - piece[1]) * piece[0].columns
+        if batch and not (count and held + count <= weights and _adjoin(batch[-1], piece)):
+            yield batch
+            batch, held = [], 0
+        batch.append(piece)
+        held += count
+    if batch:
+        yield batch
+
+
+def _adjoin(before: Rows | Bytes, behind: Rows) -> bool:
+    """Whether rows follow others in the input, and their codes and scales in the output."""
+    (matrix, _, last), (other, first, _) = before, behind
+    return (
+        isinstance(matrix, Matrix)
+        and matrix.dtype == other.dtype
+        and input_start(matrix, last) == input_start(other, first)
+        and codes_start(matrix, last) == codes_start(other, first)
+        and scales_start(matrix, last) == scales_start(other, first)
+    )
+
+
+def input_start(matrix: Matrix, row: int) -> int:
+    """Where a row begins in the input shard; a matrix's end for the one behind its last."""
+    return matrix.start + row * matrix.input_row_bytes
+
+
+def codes_start(matrix: Matrix, row: int) -> int:
+    """Where a row's codes begin in the output shard."""
+    return matrix.weight.start + row * matrix.columns
+
+
+def scales_start(matrix: Matrix, row: int) -> int:
+    """Where the scales of a row's blocks begin in the output shard, the row a multiple of 128 or the end."""
+    return matrix.scale.start + blocks(row) * blocks(matrix.columns) * 2
+
+
 def _output_start(item: Matrix | Passthrough, first: int) -> int:
     if isinstance(item, Passthrough):
         return item.output.start + first
-    return item.weight.start + first * item.columns
+    return codes_start(item, first)
 
 
 def rows_per_piece(columns: int, weights: int) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from fp8lib import Fp8Error
 from fp8lib.checkpoint.untrusted import open_regular, printable
-from fp8lib.streaming.direct import open_direct, reserve, takes_direct, whole_pages
+from fp8lib.streaming.direct import is_refusal, open_direct, reserve, takes_direct, whole_pages
 
 _BACKLOG = 16 * 1024 * 1024
 """Bytes written between one look at the disk's progress and the next."""
@@ -53,7 +53,7 @@ class ShardWriter:
         self.path = path
         self.partial = partial_path(path.with_name(name) if name else path)
         self._fd = self._direct = -1
-        self._handed_over = False
+        self._handed_over = self._refuses_direct = False
         self._unsent = 0
         # O_NOFOLLOW: a symlink of that name must not lead the bytes somewhere else. Not O_RDWR: NFS would
         # write back whole pages then, over what another machine wrote next to a part.
@@ -77,15 +77,26 @@ class ShardWriter:
     def write(self, offset: int, data: bytes | memoryview) -> None:
         """Write all of `data` at `offset`."""
         data = memoryview(data)
-        if self._direct >= 0 and (pages := whole_pages(data, offset)):
-            write_at(self._direct, offset, data[:pages], self.path)
-            offset, data = offset + pages, data[pages:]
+        pages = self._write_directly(offset, data)
+        offset, data = offset + pages, data[pages:]
         write_at(self._fd, offset, data, self.path)
         self._unsent += len(data)  # a thread's may go uncounted when two meet: it is a rough measure
         if self._unsent >= _BACKLOG:
             self._unsent = 0
             with refusing_disk_errors(self.path):
                 keep_pace(self._fd)
+
+    def _write_directly(self, offset: int, data: memoryview) -> int:
+        """Write the whole pages that `data` begins with past the page cache; returns their bytes."""
+        pages = 0 if self._direct < 0 or self._refuses_direct else whole_pages(data, offset)
+        try:
+            write_at(self._direct, offset, data[:pages], self.path)
+        except Fp8Error as error:
+            if not is_refusal(error.__cause__):
+                raise
+            self._refuses_direct = True  # the descriptor stays open: other threads may be using it
+            return 0
+        return pages
 
     def hand_over(self) -> None:
         """Make this part durable and leave the file to whoever writes the last; `abandon` spares it now."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from fp8lib.numerics.e4m3 import dequantize
-from fp8lib.numerics.served import as_served
+from fp8lib.numerics.served import is_served_as_written, requantize
 from fp8lib.verification.health import Measurement, max_or_nan
 
 # Squares of values outside leave float32; such pieces are measured in float64.
@@ -69,19 +69,44 @@ def measure(weights: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) ->
         codes: float8_e4m3fn [rows, columns].
         scales: [ceil(rows/128), ceil(columns/128)], BF16 or F32.
     """
-    original = weights.float()
-    written = dequantize(codes, scales)
-    served = as_served(codes, scales, written)
-    amax = _largest(original)
+    return measure_all([(weights, codes, scales)])[0]
+
+
+def measure_all(pieces: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> list[Errors]:
+    """What `measure` says of each of several pieces.
+
+    Each is summed by itself, because a sum of floats depends on what is summed together. But the host waits
+    for the device only twice, however many pieces there are.
+    """
+    originals = [weights.float() for weights, _, _ in pieces]
+    known = [
+        torch.stack([_largest(original), is_served_as_written(codes, scales).float()])
+        for original, (_, codes, scales) in zip(originals, pieces, strict=True)
+    ]
+    known = torch.stack(known).tolist()
+    sums = [_all_sums(*each) for each in zip(originals, pieces, known, strict=True)]
+    sums = torch.stack(sums).tolist()
+    return [
+        Errors(original.numel(), square_sum, amax, Sums(*rest[:4]), Sums(*rest[4:8]), int(rest[8]))
+        for original, (amax, _), (square_sum, *rest) in zip(originals, known, sums, strict=True)
+    ]
+
+
+def _all_sums(
+    original: torch.Tensor, piece: tuple[torch.Tensor, torch.Tensor, torch.Tensor], known: tuple[float, float]
+) -> torch.Tensor:
+    """Sum of squares of w, `Sums` as written and as served, weights that are not the same: float64 [10]."""
+    _, codes, scales = piece
+    amax, same = known
     wide = not _FLOAT32_SQUARES[0] < amax < _FLOAT32_SQUARES[1]
-    sums = [_square_sum(original, wide), amax.double(), *_sums(original, written, wide)]
-    if served is not written:
-        sums += [*_sums(original, served, wide), (served != written).sum().double()]
-    square_sum, largest, *rest = torch.stack(sums).tolist()
-    in_file = Sums(*rest[:4])
-    if served is written:
-        return Errors(weights.numel(), square_sum, largest, in_file, in_file, 0)
-    return Errors(weights.numel(), square_sum, largest, in_file, Sums(*rest[4:8]), int(rest[8]))
+    written = dequantize(codes, scales)
+    square_sum, in_file = _square_sum(original, wide), _sums(original, written, wide)
+    if same:
+        return torch.stack([square_sum, *in_file, *in_file, torch.zeros_like(square_sum)])
+    served = dequantize(*requantize(codes, scales))
+    return torch.stack(
+        [square_sum, *in_file, *_sums(original, served, wide), (served != written).sum().double()]
+    )
 
 
 def _sums(original: torch.Tensor, restored: torch.Tensor, wide: bool) -> list[torch.Tensor]:

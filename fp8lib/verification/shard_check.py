@@ -3,23 +3,25 @@
 What was written is read back from the disk and not from the page cache.
 """
 
+import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from fp8lib.checkpoint.headers import ITEM_SIZE
 from fp8lib.checkpoint.untrusted import printable
-from fp8lib.numerics.blocks import BLOCK, blocks
+from fp8lib.numerics.blocks import blocks
 from fp8lib.numerics.e4m3 import DTYPE
-from fp8lib.streaming.lanes import DTYPES, Files, Lane, ReadAhead
+from fp8lib.streaming.lanes import DTYPES, Files, Lane, ReadAhead, Way
 from fp8lib.streaming.shard_job import Task
 from fp8lib.streaming.units import row_ranges
 from fp8lib.verification.health import Measurement
-from fp8lib.verification.measure import Errors, combine, measure
+from fp8lib.verification.measure import Errors, combine, measure_all
 from fp8lib.verification.pairing import Extent, Pair
 
 if TYPE_CHECKING:  # nothing of second moments is imported where there are none
@@ -28,6 +30,9 @@ if TYPE_CHECKING:  # nothing of second moments is imported where there are none
 
 PIECE = 512 * 1024
 """Weights that are measured at a time; the same everywhere, because sums of floats depend on it."""
+AT_A_TIME = {"cpu": PIECE, "cuda": 15 * PIECE}
+"""Weights that are read at a time, and copied to the device. On a CPU they stay in a core's cache; pinned
+buffers come in powers of two, which 16 pieces and the pages around them would just exceed."""
 _PAIRS_AT_A_TIME = 64
 """Matrices whose scales one task looks at."""
 
@@ -63,12 +68,17 @@ class ShardCheck:
         for first in range(0, len(self.pairs), _PAIRS_AT_A_TIME):
             batch = self.pairs[first : first + _PAIRS_AT_A_TIME]
             yield (lambda lane, b=batch: _check_scales(lane, files, b)), self.problems.extend
-        for pair in sample(self.pairs, self.samples, self.seed, self.name):
-            pieces = self.errors.setdefault(pair.name, [])
-            for span in row_ranges(pair.rows, pair.columns, PIECE):
-                read = ahead.submit(_read_rows, files, pair, *span)
-                yield (lambda lane, r=read: measure(*map(lane.to_device, r.result()))), pieces.append
+        sampled = sample(self.pairs, self.samples, self.seed, self.name)
+        pieces = ((p, *span) for p in sampled for span in row_ranges(p.rows, p.columns, PIECE))
+        for batch in _batches(pieces, AT_A_TIME[ahead.device.type]):
+            read = ahead.submit(_read_rows, files, batch)
+            yield partial(_measure, batch=batch, read=read), partial(self._add, batch)
+        for pair in sampled:
             yield from self._output_tasks(pair, files, ahead)
+
+    def _add(self, batch: list["_Rows"], found: list[Errors]) -> None:
+        for (pair, _, _), errors in zip(batch, found, strict=True):
+            self.errors.setdefault(pair.name, []).append(errors)
 
     def measurements(self) -> tuple[Measurement, ...]:
         """What the sampled matrices lost."""
@@ -87,13 +97,14 @@ class ShardCheck:
 
         pieces = self.outputs.setdefault(pair.name, [])
 
-        def measured(lane: Lane, read: Future) -> "OutputSums":
-            rows = map(lane.to_device, read.result())
+        def measured(lane: Lane, batch: list["_Rows"], read: Future) -> "OutputSums":
+            (rows,) = _pieces(lane, batch, read)
             return measure_outputs(*rows, self.factors(pair.name, pair.columns))
 
         for span in row_ranges(pair.rows, pair.columns, PIECE):
-            read = ahead.submit(_read_rows, files, pair, *span)
-            yield (lambda lane, r=read: measured(lane, r)), pieces.append
+            batch = [(pair, *span)]
+            read = ahead.submit(_read_rows, files, batch)
+            yield partial(measured, batch=batch, read=read), pieces.append
 
 
 def sample(pairs: Sequence[Pair], count: int | None, seed: int, shard: str) -> list[Pair]:
@@ -111,7 +122,8 @@ def _check_scales(lane: Lane, files: Files, pairs: Sequence[Pair]) -> list[str]:
     """What is wrong with the values of some pairs' scales, one line each."""
     problems = []
     for pair in pairs:
-        scales = _read(lane, files, "scales", pair.scale, blocks(pair.rows), blocks(pair.columns), 0)
+        count = blocks(pair.rows) * blocks(pair.columns)
+        scales = _read(lane, files, "scales", pair.scale, pair.scale.start, count)
         if not bool((scales.isfinite() & (scales > 0)).all()):
             problems.append(
                 f"{printable(pair.name)}_scale_inv: holds values that are not finite and positive"
@@ -119,23 +131,71 @@ def _check_scales(lane: Lane, files: Files, pairs: Sequence[Pair]) -> list[str]:
     return problems
 
 
-def _read_rows(
-    lane: Lane, files: Files, pair: Pair, first: int, last: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What `measure` takes of rows first..last of a pair, `first` a multiple of 128, in host memory."""
-    rows, columns = last - first, pair.columns
-    weights = _read(lane, files, "in", pair.source, rows, columns, first)
-    codes = _read(lane, files, "codes", pair.weight, rows, columns, first)
-    scales = _read(lane, files, "scales", pair.scale, blocks(rows), blocks(columns), first // BLOCK)
-    return weights, codes, scales
+# --- measuring ---------------------------------------------------------------------------------
+
+_Rows = tuple[Pair, int, int]
+"""Rows of a pair: it, the first of them, a multiple of 128, and the one behind the last."""
 
 
-def _read(
-    lane: Lane, files: Files, buffer: str, extent: Extent, rows: int, columns: int, first: int
-) -> torch.Tensor:
-    """Rows first..first+rows of an extent, [rows, columns] in host memory."""
-    row_bytes = columns * ITEM_SIZE[extent.dtype]
-    start, direct = extent.start + first * row_bytes, extent.dtype == "F8_E4M3"
-    raw = lane.read(buffer, files, extent.path, start, rows * row_bytes, direct)
-    dtype = DTYPE if extent.dtype == "F8_E4M3" else DTYPES[extent.dtype]
-    return raw.view(dtype).view(rows, columns)
+def _batches(pieces: Iterable[_Rows], weights: int) -> Iterator[list[_Rows]]:
+    """Put pieces together that follow each other in all three files, up to so many weights."""
+    batch: list[_Rows] = []
+    held = 0
+    for piece in pieces:
+        pair, first, last = piece
+        count = (last - first) * pair.columns
+        if batch and not (held + count <= weights and _ends(*batch[-1][::2]) == _ends(pair, first)):
+            yield batch
+            batch, held = [], 0
+        batch.append(piece)
+        held += count
+    if batch:
+        yield batch
+
+
+def _ends(pair: Pair, row: int) -> list[Extent]:
+    """Where the rows before a row end in the original, in the codes and in the scales."""
+    per_row = (pair.source, pair.columns), (pair.weight, pair.columns)
+    found = [replace(e, start=e.start + row * n * ITEM_SIZE[e.dtype]) for e, n in per_row]
+    scales = blocks(row) * blocks(pair.columns) * ITEM_SIZE[pair.scale.dtype]
+    return [*found, replace(pair.scale, start=pair.scale.start + scales)]
+
+
+def _read_rows(lane: Lane, files: Files, batch: list[_Rows]) -> tuple[torch.Tensor, ...]:
+    """Weights, codes and scales of a batch, in host memory."""
+    pair, first, _ = batch[0]
+    source, weight, scale = (extent.start for extent in _ends(pair, first))
+    count = sum((last - first) * pair.columns for pair, first, last in batch)
+    scales = sum(blocks(last - first) * blocks(pair.columns) for pair, first, last in batch)
+    return (
+        _read(lane, files, "in", pair.source, source, count),
+        _read(lane, files, "codes", pair.weight, weight, count),
+        _read(lane, files, "scales", pair.scale, scale, scales),
+    )
+
+
+def _read(lane: Lane, files: Files, buffer: str, extent: Extent, start: int, count: int) -> torch.Tensor:
+    """Values of an extent, [count] in host memory; codes from the disk itself."""
+    if extent.dtype == "F8_E4M3":
+        dtype, way = DTYPE, Way.DISK
+    else:
+        dtype, way = DTYPES[extent.dtype], Way.CACHE if lane.device.type == "cpu" else Way.NEAREST
+    return lane.read(buffer, files, extent.path, start, count * ITEM_SIZE[extent.dtype], way).view(dtype)
+
+
+def _measure(lane: Lane, batch: list[_Rows], read: Future) -> list[Errors]:
+    """The errors of each piece of a batch."""
+    return measure_all(_pieces(lane, batch, read))
+
+
+def _pieces(lane: Lane, batch: list[_Rows], read: Future) -> list[tuple[torch.Tensor, ...]]:
+    """Weights, codes and scales of each piece of a batch, on the device."""
+    weights, codes, scales = map(lane.to_device, read.result())
+    pieces = []
+    for pair, first, last in batch:
+        rows, columns = last - first, pair.columns
+        shape, scale_shape = (rows, columns), (blocks(rows), blocks(columns))
+        own = (weights, shape), (codes, shape), (scales, scale_shape)
+        pieces.append(tuple(t[: math.prod(s)].view(s) for t, s in own))
+        weights, codes, scales = (t[math.prod(s) :] for t, s in own)
+    return pieces
