@@ -25,15 +25,17 @@ LISTED = 10
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """Numbers of shards, FP8 weights and other tensors."""
+    """Numbers of shards, FP8 weights and other tensors, and of weights that adapters change."""
 
     shards: int
     fp8: int
     passthrough: int
+    merged: int = 0
 
     @classmethod
     def of(cls, plan: Plan) -> "Totals":
-        return cls(len(plan.shards), sum(len(s.matrices) for s in plan.shards), len(plan.kept))
+        merged = len(plan.adapters.changes) if plan.adapters else 0
+        return cls(len(plan.shards), sum(len(s.matrices) for s in plan.shards), len(plan.kept), merged)
 
 
 def print_summary(
@@ -81,7 +83,8 @@ def print_summary(
         _print_metrics(printer, by_bands)
     if measurements:
         _print_served(printer, measurements, powers_of_two)
-    _print_flagged(printer, health, problems)
+    print_problems(printer, problems)
+    _print_flagged(printer, health)
     printer.line("-" * WIDTH)
     printer.line(f"  VERDICT: {printer.mark(health.verdict, health.verdict.name)}")
     printer.wrapped(health.statement)
@@ -101,6 +104,8 @@ def _print_totals(
     printer.line(f"  Calibration         : {calibration}")
     if covered is not None:
         printer.line(f"  Activation stats    : {covered} of {totals.fp8} tensors")
+    if totals.merged:
+        printer.line(f"  Adapters merged     : into {totals.merged} weights")
     printer.line("-" * WIDTH)
     printer.line(f"  Shards processed    : {totals.shards}  ({failed} failed)")
     printer.line(f"  FP8 weight tensors  : {totals.fp8}")
@@ -148,13 +153,17 @@ def _print_served(printer: Printer, measurements: Sequence[Measurement], powers_
     printer.wrapped(FLOOR if powers_of_two else REQUANTIZED, "    ", "    ")
 
 
-def _print_flagged(printer: Printer, health: Health, problems: Sequence[str]) -> None:
+def print_problems(printer: Printer, problems: Sequence[str]) -> None:
+    """The first structural deviations, one line each."""
     if problems:
         printer.line("-" * WIDTH)
         for problem in problems[:LISTED]:
             printer.line(f"  {printer.mark(Zone.FAIL)} {problem}")
         if problems[LISTED:]:
             printer.line(f"  … and {len(problems) - LISTED} more")
+
+
+def _print_flagged(printer: Printer, health: Health) -> None:
     if health.flagged:
         printer.line("-" * WIDTH)
         printer.line("  Not GOOD, worst first         cosine    mean abs   max abs")
