@@ -9,6 +9,7 @@ reading          rows read back from the disk
 restored         weights that were turned back or merged, compared with where they came from
 restored_pairing, restored_report   their pairs by name, their summary
 health           bands, verdict, recommendations
+findings         all of this about one directory: what summary, reports and advice read
 loading          what engines need to load it
 report           the summary
 
