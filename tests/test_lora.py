@@ -258,10 +258,10 @@ def test_verify_only_compares_with_the_merged_weights(
     assert (with_them.rc, "adapters" in with_them.err) == (0, False), with_them.out
     without = cli(*command)
     assert without.rc == 1
-    assert "it was made with the adapters" in without.err
+    assert "made with the adapters" in without.err
     first_only = cli(*command, *lora(adapters[:1]))
     assert first_only.rc == 1
-    assert "it was made with the adapters" in first_only.err
+    assert "made with the adapters" in first_only.err
 
 
 def test_verify_only_sees_a_kept_tensor_that_another_adapter_would_have_made(

@@ -2,13 +2,13 @@
 
 import os
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from fp8lib import Fp8Error
-from fp8lib.checkpoint.adapters import open_adapters
+from fp8lib.checkpoint.adapters import Adapters, open_adapters
 from fp8lib.checkpoint.directory import CONFIG, Checkpoint, open_checkpoint
 from fp8lib.checkpoint.headers import Tensor
 from fp8lib.checkpoint.matching import mismatches
@@ -44,15 +44,7 @@ def verify_only(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
     weights = ((name, t.shape[1]) for name, t in _matrices(quantized))
     settings = settings_for(flags, None, ranks, open_moments(flags, weights), adapters)
     pairings = pair_directories(original, quantized)
-    earlier = None
-    with suppress(Fp8Error):  # another tool's, or damaged: nothing depends on it
-        earlier = manifest.load(flags.output_dir)
-    if earlier and not earlier.made_from(original.shards):
-        talk.warn(f"by its {manifest.MANIFEST}, {printable(flags.output_dir)} was not made from this input")
-    if earlier and earlier.settings.get("adapters") != (adapters and list(adapters.fingerprints)):
-        talk.warn(
-            f"by its {manifest.MANIFEST}, {_adapters(earlier)}; give them with --lora_dir, and no others"
-        )
+    earlier = _earlier_run(flags, talk, original, adapters)
     outputs = [tensor for shard in quantized.shards for tensor in shard.tensors]
     unread = mismatches(outputs, quantized.config)
     if "quantization_config" not in quantized.config:
@@ -74,11 +66,6 @@ def verify_only(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
     )
     used = earlier and earlier.settings.get("calibration")
     ordered = [results[item.name] for item in work]
-    # Advice is for the mode that was used, if that is known. What engines change are no powers of two.
-    changed = any(m.requantized for r in ordered for m in r.measurements)
-    calibration = replace(flags.calibration, scale_format="bf16" if changed else "ue8m0")
-    with suppress(Fp8Error):
-        calibration = Calibration.parse(str(used))
     fp8 = sum(len(pairs) for _, pairs, _ in pairings)
     kept = sum(len(shard.tensors) for shard in quantized.shards) - 2 * fp8
     ordered[0] = replace(ordered[0], problems=(*unread, *ordered[0].problems))
@@ -87,7 +74,7 @@ def verify_only(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
         totals=Totals(len(work), sum(bool(r.problems) for r in ordered), fp8, kept, merged),
         measurements=[m for r in ordered for m in r.measurements],
         problems=[p for r in ordered for p in r.problems],
-        calibration=calibration,
+        calibration=_calibration(flags, used, ordered),
         label=f"{printable(used or 'unknown')} (verify only)",
         covered=None,
         loading=tensor_parallel(outputs, quantized.config),
@@ -106,10 +93,31 @@ def _matrices(quantized: Checkpoint) -> Iterator[tuple[str, Tensor]]:
                 yield tensor.name, tensor
 
 
-def _adapters(earlier: manifest.Manifest) -> str:
-    """What an earlier run merged, in words."""
-    found = earlier.settings.get("adapters")
-    return f"it was made with the adapters {printable(found)}" if found else "it was made without adapters"
+def _earlier_run(
+    flags: Namespace, talk: Talk, original: Checkpoint, adapters: Adapters | None
+) -> manifest.Manifest | None:
+    """The manifest of the run that wrote the directory; says so if it had another input or other adapters."""
+    earlier = None
+    with suppress(Fp8Error):  # another tool's, or damaged: nothing depends on it
+        earlier = manifest.load(flags.output_dir)
+    if earlier is None:
+        return None
+    says = f"by its {manifest.MANIFEST}, {printable(flags.output_dir)} was"
+    if not earlier.made_from(original.shards):
+        talk.warn(f"{says} not made from this input")
+    merged = earlier.settings.get("adapters")
+    if merged != (adapters and list(adapters.fingerprints)):
+        how = f"with the adapters {printable(merged)}" if merged else "without adapters"
+        talk.warn(f"{says} made {how}; give the same with --lora_dir, and no others")
+    return earlier
+
+
+def _calibration(flags: Namespace, used: object, results: Iterable[ShardResult]) -> Calibration:
+    """The mode that was used, which advice is for; what engines change are no powers of two."""
+    with suppress(Fp8Error):
+        return Calibration.parse(str(used))
+    changed = any(m.requantized for r in results for m in r.measurements)
+    return replace(flags.calibration, scale_format="bf16" if changed else "ue8m0")
 
 
 def open_finished(folder: Path) -> Checkpoint:
