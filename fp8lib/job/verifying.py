@@ -2,12 +2,13 @@
 
 import os
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from fp8lib import Fp8Error
+from fp8lib.checkpoint.adapters import Adapters, open_adapters
 from fp8lib.checkpoint.directory import CONFIG, Checkpoint, open_checkpoint
 from fp8lib.checkpoint.headers import Tensor
 from fp8lib.checkpoint.matching import mismatches
@@ -40,17 +41,14 @@ def verify_only(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
     """
     from fp8lib.verification.pairing import pair_directories
 
-    original, quantized = open_checkpoint(flags.input_dir), _open_finished(flags.output_dir)
+    original, quantized = open_checkpoint(flags.input_dir), open_finished(flags.output_dir)
+    adapters = open_adapters(flags.lora_dir, original) if flags.lora_dir else None
     weights = ((name, t.shape[1]) for name, t in _matrices(quantized))
-    settings = settings_for(flags, None, ranks, open_moments(flags, weights))
+    settings = settings_for(flags, None, ranks, open_moments(flags, weights), adapters)
     pairings = pair_directories(original, quantized)
-    earlier, damaged = recorded.sound_manifest(flags.output_dir)
-    if earlier and not earlier.made_from(original.shards):
-        talk.warn(f"by its {manifest.MANIFEST}, {printable(flags.output_dir)} was not made from this input")
-    if earlier and not earlier.headers:
-        talk.warn(f"its {manifest.MANIFEST} is of an earlier version, which took no checksums")
+    earlier, damaged = _earlier_run(flags, talk, original, adapters)
     listed, unreadable = recorded.listed_digests(flags.output_dir)
-    work = _work(flags, settings, pairings, earlier, listed)
+    work = _work(flags, settings, pairings, earlier, listed, original, adapters)
     if not ranks.is_main:
         work_for_main(flags, ranks, settings, work)
         return agree(ranks, None)
@@ -65,27 +63,38 @@ def verify_only(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
     ordered[0] = replace(ordered[0], problems=(*others, *ordered[0].problems))
     if flags.checksums and not any(r.problems for r in ordered):
         checksums.write(flags.output_dir, {name: digest for name, digest in digests.items() if digest})
-    verdict = summarize(flags, talk, _findings(flags, quantized, pairings, ordered, earlier))
+    verdict = summarize(flags, talk, _findings(flags, quantized, pairings, ordered, earlier, adapters))
     return agree(ranks, verdict)
 
 
 def _work(
-    flags: Namespace, settings, pairings: Sequence, earlier: Manifest | None, listed: Mapping[str, str]
+    flags: Namespace,
+    settings,
+    pairings: Sequence,
+    earlier: Manifest | None,
+    listed: Mapping[str, str],
+    original: Checkpoint,
+    adapters: Adapters | None,
 ) -> list:
     """The shards to check, the same list on every rank."""
     from fp8lib.streaming.scheduler import ToCheck
+    from fp8lib.verification.restored_pairing import pair_merged
 
     work = []
+    changes = adapters.changes if adapters else ()
     for each in pairings:
         shard = each.shard
         as_written = earlier is not None and earlier.headers.get(shard.name) == shard.header_sha256
+        merged = pair_merged(original, shard, changes) if adapters else ()
+        changed = [weight.restored.start for weight in merged]
         check = shard_check(
             flags,
             settings,
             shard.name,
             each.pairs,
             each.problems,
-            kept=each.kept,
+            merged,
+            kept=[kept for kept in each.kept if not any(start in kept.span for start in changed)],
             origin=Origin.of(shard.tensors) if as_written else None,
             header_bytes=shard.size - sum(tensor.nbytes for tensor in shard.tensors),
         )
@@ -125,25 +134,24 @@ def _findings(
     pairings: Sequence,
     ordered: list[ShardResult],
     earlier: Manifest | None,
+    adapters: Adapters | None,
 ) -> Findings:
     used = earlier and earlier.settings.get("calibration")
-    # Advice is for the mode that was used, if that is known. What engines change are no powers of two.
-    changed = any(m.requantized for r in ordered for m in r.measurements)
-    calibration = replace(flags.calibration, scale_format="bf16" if changed else "ue8m0")
-    with suppress(Fp8Error):
-        calibration = Calibration.parse(str(used))
     outputs = [tensor for shard in quantized.shards for tensor in shard.tensors]
     fp8 = sum(len(each.pairs) for each in pairings)
+    merged = len(adapters.changes) if adapters else 0
+    failed = sum(bool(r.problems) for r in ordered)
     return Findings(
-        totals=Totals(len(ordered), sum(bool(r.problems) for r in ordered), fp8, len(outputs) - 2 * fp8),
+        totals=Totals(len(ordered), failed, fp8, len(outputs) - 2 * fp8, merged),
         measurements=[m for r in ordered for m in r.measurements],
         problems=[p for r in ordered for p in r.problems],
-        calibration=calibration,
+        calibration=_calibration(flags, used, ordered),
         label=f"{printable(used or 'unknown')} (verify only)",
         covered=None,
         loading=tensor_parallel(outputs, quantized.config),
         finished=True,
         looked_at=sum(r.looked_at for r in ordered) / sum(s.size for s in quantized.shards),
+        adapters=adapters.fingerprints if adapters else (),
     )
 
 
@@ -155,7 +163,42 @@ def _matrices(quantized: Checkpoint) -> Iterator[tuple[str, Tensor]]:
                 yield tensor.name, tensor
 
 
-def _open_finished(folder: Path) -> Checkpoint:
+def _earlier_run(
+    flags: Namespace, talk: Talk, original: Checkpoint, adapters: Adapters | None
+) -> tuple[Manifest | None, list[str]]:
+    """The manifest of the run that wrote the directory, None without a sound one, and a line on damage.
+
+    Says so if the run had another input or other adapters.
+    """
+    earlier, damaged = recorded.sound_manifest(flags.output_dir)
+    if earlier is None:
+        return None, damaged
+    says = f"by its {manifest.MANIFEST}, {printable(flags.output_dir)} was"
+    if not earlier.made_from(original.shards):
+        talk.warn(f"{says} not made from this input")
+    merged = earlier.settings.get("adapters")
+    if merged != (adapters and list(adapters.fingerprints)):
+        how = f"with the adapters {printable(merged)}" if merged else "without adapters"
+        talk.warn(f"{says} made {how}; give the same with --lora_dir, and no others")
+    if not earlier.headers:
+        talk.warn(f"its {manifest.MANIFEST} is of an earlier version, which took no checksums")
+    return earlier, damaged
+
+
+def _calibration(flags: Namespace, used: object, results: Iterable[ShardResult]) -> Calibration:
+    """The mode that was used, which advice is for; what engines change are no powers of two."""
+    with suppress(Fp8Error):
+        return Calibration.parse(str(used))
+    changed = any(m.requantized for r in results for m in r.measurements)
+    return replace(flags.calibration, scale_format="bf16" if changed else "ue8m0")
+
+
+def open_finished(folder: Path) -> Checkpoint:
+    """Open an output directory.
+
+    Raises:
+        Fp8Error: the run that wrote it is not finished or failed, or it is no complete checkpoint.
+    """
     if os.path.lexists(folder / manifest.MANIFEST) and not os.path.lexists(folder / CONFIG):
         raise Fp8Error(
             f"{printable(folder / CONFIG)}: not there, as the run that wrote the rest is not finished "
