@@ -2,6 +2,7 @@
 """Turn a BF16 Qwen3.5/3.6 checkpoint into a block-wise FP8 one that vLLM and SGLang serve."""
 
 import argparse
+from collections.abc import Iterator
 
 from fp8lib.checkpoint.rules import ELIGIBILITIES, Selection
 from fp8lib.command_line import Command, Parser, path, positive
@@ -19,6 +20,10 @@ COMPARISON_FLAGS = (
     "prompts_file", "no_chat_template", "max_prompt_tokens", "batch_size",
 )  # fmt: skip
 """Flags that only --compare_outputs looks at."""
+WRITING_FLAGS = ("overwrite", "activation_stats", "eligibility", "keep_bf16", "quantize")
+"""Flags that --verify_only does not look at."""
+CHECKING_FLAGS = ("verify_samples", "seed")
+"""Flags that --skip_verify and --dry_run make idle."""
 
 
 def make_parser() -> Parser:
@@ -166,20 +171,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--rounding second_order and --second_moments: give both or neither")
     if flags.dry_run and flags.compare_outputs:
         parser.error("argument --compare_outputs: not allowed with argument --dry_run")
-    flags.notes = tuple(
-        f"{flag} has no effect with --calib_mode {flags.calib_mode}"
-        for mode, flag in MODE_FLAGS
-        if mode != flags.calib_mode and getattr(flags, flag[2:]) != parser.get_default(flag[2:])
-    )
-    if flags.calib_mode == "mse" and flags.scale_format == "ue8m0" and flags.mse_grid_size != PHASES:
-        flags.notes += ("--mse_grid_size has no effect with --scale_format ue8m0",)
     flags.selection = Selection(flags.eligibility, tuple(flags.keep_bf16), tuple(flags.quantize))
-    if not flags.compare_outputs:
-        flags.notes += tuple(
-            f"--{name} has no effect without --compare_outputs"
-            for name in COMPARISON_FLAGS
-            if getattr(flags, name) != parser.get_default(name)
-        )
     flags.calibration = Calibration(
         mode=flags.calib_mode,
         rms_factor=flags.rms_factor,
@@ -188,7 +180,25 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         mse_grid_size=flags.mse_grid_size,
         scale_format=flags.scale_format,
     )
+    flags.notes = tuple(f"{flag} has no effect {where}" for flag, where in _idle(parser, flags))
     return flags
+
+
+def _idle(parser: Parser, flags: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """(flag, where it has no effect) of those that were given for nothing."""
+    for mode, flag in MODE_FLAGS:
+        if mode != flags.calib_mode and parser.given(flags, [flag[2:]]):
+            yield flag, f"with --calib_mode {flags.calib_mode}"
+    if flags.calib_mode == "mse" and flags.scale_format == "ue8m0" and flags.mse_grid_size != PHASES:
+        yield "--mse_grid_size", "with --scale_format ue8m0"
+    for applies, names, where in (
+        (not flags.compare_outputs, COMPARISON_FLAGS, "without --compare_outputs"),
+        (flags.verify_only, WRITING_FLAGS, "with --verify_only"),
+        (flags.skip_verify, CHECKING_FLAGS, "with --skip_verify"),
+        (flags.dry_run, (*CHECKING_FLAGS, "skip_verify", "checksums"), "with --dry_run"),
+    ):
+        if applies:
+            yield from ((flag, where) for flag in parser.given(flags, names))
 
 
 def _damping(text: str) -> float:

@@ -67,6 +67,8 @@ def verify_only(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
     calibration = replace(flags.calibration, scale_format="bf16" if changed else "ue8m0")
     with suppress(Fp8Error):
         calibration = Calibration.parse(str(used))
+        if flags.calibration not in (calibration, Calibration()):
+            talk.warn(f"scales were chosen by {calibration}; flags that say another mode have no effect")
     fp8 = sum(len(pairs) for _, pairs, _ in pairings)
     kept = sum(len(shard.tensors) for shard in quantized.shards) - 2 * fp8
     ordered[0] = replace(ordered[0], problems=(*unread, *ordered[0].problems))
