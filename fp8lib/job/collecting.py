@@ -314,7 +314,7 @@ def _one_layer_at_a_time(
     total = sum(len(batch.ids) for batch in batches) * config.num_hidden_layers
     quiet = flags.quiet or not ranks.is_main
     recording = Recorder(plan, collector and collector.sums)
-    with Progress(total, "layers", quiet, ranks) as progress, recording as recorder:
+    with Progress(total, "layers", quiet, ranks, "prompts x layers") as progress, recording as recorder:
         layers = layerwise.run(plan.checkpoint, config, shares[ranks.rank], device, recorder, progress)
         for number, inputs in enumerate(layers):
             if not ranks.is_main:

@@ -188,9 +188,8 @@ def _run(flags: Namespace, inputs: Inputs, candidates: Sequence[Checkpoint], ran
     prompts = sum(len(batch.ids) for share in shares for batch in share)
     ranks.count_anew("prompts compared")
     record = None
-    with Progress(
-        prompts * steps * (1 + len(candidates)), "layers", flags.quiet or not ranks.is_main, ranks
-    ) as progress:
+    total, quiet = prompts * steps * (1 + len(candidates)), flags.quiet or not ranks.is_main
+    with Progress(total, "layers", quiet, ranks, "prompts x layers") as progress:
         if share := shares[ranks.rank]:
             record = comparison.run(
                 inputs.original, candidates, serving, inputs.config, share, inputs.device, progress

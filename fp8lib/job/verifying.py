@@ -15,6 +15,7 @@ from fp8lib.checkpoint.rules import fusion_group
 from fp8lib.checkpoint.untrusted import printable
 from fp8lib.job import manifest
 from fp8lib.job.manifest import ShardResult
+from fp8lib.job.progress import Progress
 from fp8lib.job.ranks import Ranks
 from fp8lib.job.rounding import open_moments
 from fp8lib.job.run import agree, settings_for, shard_check, summarize, work_and_gather, work_for_main
@@ -57,8 +58,10 @@ def verify_only(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
         work_for_main(flags, ranks, settings, work)
         return agree(ranks, None)
     results: dict[str, ShardResult] = {}
+    names, total = [item.name for item in work], sum(item.size for item in work)
+    progress = Progress(total, names, len(work), quiet=flags.quiet)
     work_and_gather(
-        flags, ranks, settings, work, len(work), 0, lambda result: results.update({result.name: result})
+        flags, ranks, settings, work, progress, lambda result: results.update({result.name: result})
     )
     used = earlier and earlier.settings.get("calibration")
     ordered = [results[item.name] for item in work]
