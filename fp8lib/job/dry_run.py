@@ -6,6 +6,7 @@ from dataclasses import replace
 from fp8lib.checkpoint.layout import matrices_of
 from fp8lib.checkpoint.plan import Plan
 from fp8lib.checkpoint.selection import decide, group_of
+from fp8lib.checkpoint.tensor_parallel import tensor_parallel
 from fp8lib.checkpoint.untrusted import printable
 from fp8lib.numerics.blocks import blocks
 from fp8lib.terminal import WIDTH, Printer, size
@@ -48,7 +49,7 @@ def print_plan(plan: Plan, printer: Printer) -> None:
     printer.line(f"  Passthrough tensors : {len(plan.kept)}")
     printer.line(f"  Files copied along  : {len(plan.checkpoint.extra_files)}")
     printer.line(f"  Size                : {size(before)} -> {size(plan.output_bytes())}")
-    print_loading(printer, plan.outputs(), plan.config())
+    print_loading(printer, tensor_parallel(plan.outputs(), plan.config()))
     _print_official(printer, plan)
     printer.line("=" * WIDTH)
 

@@ -16,6 +16,7 @@ from fp8lib import Fp8Error
 from fp8lib.calibration.statistics_file import Statistics
 from fp8lib.checkpoint.directory import CONFIG, INDEX
 from fp8lib.checkpoint.plan import Plan, to_json
+from fp8lib.checkpoint.tensor_parallel import tensor_parallel
 from fp8lib.checkpoint.untrusted import printable
 from fp8lib.job import manifest, output_dir, rounding
 from fp8lib.job.manifest import Manifest, ShardResult
@@ -32,8 +33,8 @@ from fp8lib.job.run import (
 )
 from fp8lib.streaming.writer import copy_file, write_file
 from fp8lib.terminal import Talk
+from fp8lib.verification.findings import Findings, Totals
 from fp8lib.verification.health import Zone
-from fp8lib.verification.report import Totals
 
 
 def quantize(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
@@ -87,13 +88,29 @@ def quantize(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
         journal.save()
         _finish(flags, plan, results)
     ordered = [results[s.name] for s in plan.shards]
-    label, totals = str(flags.calibration), Totals.of(plan)
+    verdict = summarize(flags, talk, _findings(flags, plan, ordered, covered, moments))
+    return agree(ranks, verdict)
+
+
+def _findings(
+    flags: Namespace,
+    plan: Plan,
+    ordered: list[ShardResult],
+    covered: int | None,
+    moments: rounding.SecondMomentsUse | None,
+) -> Findings:
+    label, totals = str(flags.calibration), Totals.of(plan, sum(bool(r.problems) for r in ordered))
     if moments:
         label += f"; second order, {moments.covered} of {totals.fp8} tensors"
-    verdict = summarize(
-        flags, talk, flags.calibration, label, ordered, totals, covered, plan.outputs(), plan.config()
+    return Findings(
+        totals=totals,
+        measurements=[m for r in ordered for m in r.measurements],
+        problems=[p for r in ordered for p in r.problems],
+        calibration=flags.calibration,
+        label=label,
+        covered=covered,
+        loading=tensor_parallel(plan.outputs(), plan.config()),
     )
-    return agree(ranks, verdict)
 
 
 class _Journal:

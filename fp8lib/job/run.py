@@ -4,14 +4,13 @@ Under torchrun every rank comes here. Rank 0 plans, refuses and reports for all.
 """
 
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 
 from fp8lib import Fp8Error
 from fp8lib.calibration.statistics_file import Statistics
 from fp8lib.checkpoint.directory import open_checkpoint
-from fp8lib.checkpoint.headers import Tensor
 from fp8lib.checkpoint.plan import Plan, make_plan
 from fp8lib.checkpoint.untrusted import printable
 from fp8lib.job import dry_run, manifest, output_dir
@@ -19,11 +18,10 @@ from fp8lib.job.manifest import ShardResult
 from fp8lib.job.progress import Progress
 from fp8lib.job.ranks import Ranks
 from fp8lib.job.rounding import SecondMomentsUse, moments_for
-from fp8lib.numerics.modes import Calibration
 from fp8lib.terminal import Talk
 from fp8lib.verification import report
+from fp8lib.verification.findings import Findings
 from fp8lib.verification.health import Zone, judge
-from fp8lib.verification.loading import print_loading
 
 
 def run(flags: Namespace, talk: Talk) -> Zone:
@@ -228,51 +226,10 @@ def _process(flags: Namespace, ranks: Ranks, settings, work: list, on_bytes) -> 
             yield ShardResult(done.name, done.size, done.sha256, measurements, problems, done.final)
 
 
-def summarize(
-    flags: Namespace,
-    talk: Talk,
-    calibration: Calibration,
-    label: str,
-    results: list[ShardResult],
-    totals: report.Totals,
-    covered: int | None,
-    tensors: Iterable[Tensor],
-    config: dict,
-) -> Zone:
-    """Print the summary; returns the verdict.
-
-    Args:
-        flags: of the run.
-        talk: where to.
-        calibration: how the scales were chosen, for advice and to know what engines make of them.
-        label: what the summary calls it.
-        results: of all shards.
-        totals: numbers of tensors.
-        covered: tensors with activation statistics, None without a file.
-        tensors: of the FP8 directory, from headers.
-        config: its config.json.
-    """
-    measurements = [m for r in results for m in r.measurements]
-    problems = [p for r in results for p in r.problems]
-    health = None
+def summarize(flags: Namespace, talk: Talk, found: Findings) -> Zone:
+    """Judge what was found, unless verification was skipped, and print the summary; returns the verdict."""
     if not flags.skip_verify:
-        finished = flags.verify_only
-        health = judge(measurements, problems, calibration, finished)
-    failed = sum(bool(r.problems) for r in results)
-
-    def loading() -> None:
-        print_loading(talk.printer, tensors, config)
-
-    report.print_summary(
-        talk.printer,
-        totals,
-        failed,
-        label,
-        measurements,
-        problems,
-        health,
-        covered,
-        calibration.powers_of_two,
-        loading,
-    )
-    return health.verdict if health else Zone.GOOD
+        health = judge(found.measurements, found.problems, found.calibration, found.finished)
+        found = replace(found, health=health)
+    report.print_summary(talk.printer, found)
+    return found.health.verdict if found.health else Zone.GOOD

@@ -12,6 +12,7 @@ from fp8lib.checkpoint.directory import CONFIG, Checkpoint, open_checkpoint
 from fp8lib.checkpoint.headers import Tensor
 from fp8lib.checkpoint.matching import mismatches
 from fp8lib.checkpoint.rules import fusion_group
+from fp8lib.checkpoint.tensor_parallel import tensor_parallel
 from fp8lib.checkpoint.untrusted import printable
 from fp8lib.job import manifest
 from fp8lib.job.manifest import ShardResult
@@ -21,8 +22,8 @@ from fp8lib.job.rounding import open_moments
 from fp8lib.job.run import agree, settings_for, shard_check, summarize, work_and_gather, work_for_main
 from fp8lib.numerics.modes import Calibration
 from fp8lib.terminal import Talk
+from fp8lib.verification.findings import Findings, Totals
 from fp8lib.verification.health import Zone
-from fp8lib.verification.report import Totals
 
 
 def verify_only(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
@@ -75,9 +76,17 @@ def verify_only(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
     fp8 = sum(len(pairs) for _, pairs, _ in pairings)
     kept = sum(len(shard.tensors) for shard in quantized.shards) - 2 * fp8
     ordered[0] = replace(ordered[0], problems=(*unread, *ordered[0].problems))
-    label = f"{printable(used or 'unknown')} (verify only)"
-    totals = Totals(len(work), fp8, kept)
-    verdict = summarize(flags, talk, calibration, label, ordered, totals, None, outputs, quantized.config)
+    found = Findings(
+        totals=Totals(len(work), sum(bool(r.problems) for r in ordered), fp8, kept),
+        measurements=[m for r in ordered for m in r.measurements],
+        problems=[p for r in ordered for p in r.problems],
+        calibration=calibration,
+        label=f"{printable(used or 'unknown')} (verify only)",
+        covered=None,
+        loading=tensor_parallel(outputs, quantized.config),
+        finished=True,
+    )
+    verdict = summarize(flags, talk, found)
     return agree(ranks, verdict)
 
 

@@ -6,6 +6,7 @@ measure_outputs  the same of what weights change in outputs
 output_error     judging weights by that
 shard_check      reads one shard back and measures a sample
 health           bands, verdict, recommendations
+findings         all of this about one directory: what summary, reports and advice read
 loading          what engines need to load it
 report           the summary
 

@@ -1,23 +1,20 @@
 """Says what engines need to load a directory: tensor-parallel sizes and weights per GPU."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
-from fp8lib.checkpoint.headers import Tensor
-from fp8lib.checkpoint.tensor_parallel import ENGINES, Size, tensor_parallel
+from fp8lib.checkpoint.tensor_parallel import ENGINES, Size
 from fp8lib.terminal import Printer, size
 
 _INDENT = " " * 24
 
 
-def print_loading(printer: Printer, tensors: Iterable[Tensor], config: dict) -> None:
+def print_loading(printer: Printer, sizes: Sequence[Size] | str) -> None:
     """The rows `Tensor parallel` and `Weights per GPU`.
 
     Args:
         printer: where to.
-        tensors: of the FP8 directory, from headers.
-        config: its config.json.
+        sizes: what `tensor_parallel` says of the FP8 directory.
     """
-    sizes = tensor_parallel(tensors, config)
     if isinstance(sizes, str):
         printer.wrapped(f"unknown: config.json has no {sizes}", "  Tensor parallel     : ", _INDENT)
         return

@@ -2,13 +2,13 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
-from fp8lib.checkpoint.plan import Plan
 from fp8lib.checkpoint.untrusted import printable
 from fp8lib.terminal import WIDTH, Printer
 from fp8lib.verification import output_error
+from fp8lib.verification.findings import Findings
 from fp8lib.verification.health import COSINE, MAX_ABS, MEAN_ABS, Band, Health, Measurement, Zone, max_or_nan
+from fp8lib.verification.loading import print_loading
 
 REQUANTIZED = (
     "Some engines quantize the weights again while they load them, with power-of-two scales: vLLM on Hopper "
@@ -23,47 +23,11 @@ LISTED = 10
 """WARN and FAIL tensors that are listed one by one."""
 
 
-@dataclass(frozen=True, slots=True)
-class Totals:
-    """Numbers of shards, FP8 weights and other tensors."""
-
-    shards: int
-    fp8: int
-    passthrough: int
-
-    @classmethod
-    def of(cls, plan: Plan) -> "Totals":
-        return cls(len(plan.shards), sum(len(s.matrices) for s in plan.shards), len(plan.kept))
-
-
-def print_summary(
-    printer: Printer,
-    totals: Totals,
-    failed: int,
-    calibration: str,
-    measurements: Sequence[Measurement],
-    problems: Sequence[str],
-    health: Health | None,
-    covered: int | None,
-    powers_of_two: bool,
-    loading: Callable[[], None],
-) -> None:
-    """The health summary.
-
-    Args:
-        printer: where to.
-        totals: what was written.
-        failed: shards with structural problems.
-        calibration: mode and parameters.
-        measurements: of the spot-checked tensors.
-        problems: structural deviations.
-        health: what to make of them; None if verification was skipped.
-        covered: quantized tensors with activation statistics; None if there was no file.
-        powers_of_two: whether the scales are meant to be.
-        loading: prints what engines need to load the directory.
-    """
-    _print_totals(printer, totals, failed, calibration, covered)
-    loading()
+def print_summary(printer: Printer, found: Findings) -> None:
+    """The summary, verdict and advice included."""
+    _print_totals(printer, found)
+    print_loading(printer, found.loading)
+    health, measurements = found.health, found.measurements
     if health is None:
         printer.line("  Spot-checked        : 0  (verification skipped)")
         printer.line("-" * WIDTH)
@@ -71,7 +35,7 @@ def print_summary(
         printer.line("=" * WIDTH)
         return
     marks = "  ".join(printer.mark(z, f"{health.counts[z]} {z.name}") for z in Zone)
-    printer.line(f"  Spot-checked        : {len(measurements)} of {totals.fp8}  ({marks})")
+    printer.line(f"  Spot-checked        : {len(measurements)} of {found.totals.fp8}  ({marks})")
     if outputs := [m.output for m in measurements if m.output is not None]:
         printer.line(f"  Output error        : {output_error.summary(outputs)}")
         repeated = sum(each.repeated == 1 for each in outputs)
@@ -80,8 +44,12 @@ def print_summary(
     if by_bands:
         _print_metrics(printer, by_bands)
     if measurements:
-        _print_served(printer, measurements, powers_of_two)
-    _print_flagged(printer, health, problems)
+        _print_served(printer, measurements, found.calibration.powers_of_two)
+    _print_flagged(printer, health, found.problems)
+    _print_verdict(printer, health)
+
+
+def _print_verdict(printer: Printer, health: Health) -> None:
     printer.line("-" * WIDTH)
     printer.line(f"  VERDICT: {printer.mark(health.verdict, health.verdict.name)}")
     printer.wrapped(health.statement)
@@ -93,16 +61,15 @@ def print_summary(
     printer.line("=" * WIDTH)
 
 
-def _print_totals(
-    printer: Printer, totals: Totals, failed: int, calibration: str, covered: int | None
-) -> None:
+def _print_totals(printer: Printer, found: Findings) -> None:
+    totals = found.totals
     printer.line("=" * WIDTH)
     printer.line("  QUANTIZATION VERIFICATION SUMMARY")
-    printer.line(f"  Calibration         : {calibration}")
-    if covered is not None:
-        printer.line(f"  Activation stats    : {covered} of {totals.fp8} tensors")
+    printer.line(f"  Calibration         : {found.label}")
+    if found.covered is not None:
+        printer.line(f"  Activation stats    : {found.covered} of {totals.fp8} tensors")
     printer.line("-" * WIDTH)
-    printer.line(f"  Shards processed    : {totals.shards}  ({failed} failed)")
+    printer.line(f"  Shards processed    : {totals.shards}  ({totals.failed} failed)")
     printer.line(f"  FP8 weight tensors  : {totals.fp8}")
     printer.line(f"  Passthrough tensors : {totals.passthrough}")
 

@@ -1,0 +1,59 @@
+"""What a run has found out about a directory: what summary, reports and advice are made of."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fp8lib.checkpoint.plan import Plan
+from fp8lib.checkpoint.tensor_parallel import Size
+from fp8lib.numerics.modes import Calibration
+from fp8lib.verification.health import Health, Measurement
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Numbers of shards, of those with structural problems, of FP8 weights and of other tensors."""
+
+    shards: int
+    failed: int
+    fp8: int
+    passthrough: int
+
+    @classmethod
+    def of(cls, plan: Plan, failed: int) -> "Totals":
+        """Of a run that wrote a plan."""
+        return cls(len(plan.shards), failed, sum(len(s.matrices) for s in plan.shards), len(plan.kept))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Findings:
+    """The facts about one directory that was made, or checked by `--verify_only`.
+
+    Attributes:
+        totals: what is in it.
+        measurements: of the matrices that were checked.
+        problems: structural deviations, one line each.
+        calibration: how the scales were chosen, as far as known; of another tool's files only the scale
+            format is known.
+        label: what the summary calls the calibration.
+        covered: quantized tensors with activation statistics; None if there was no file.
+        loading: weights per GPU by tensor-parallel size, or the key that config.json lacks.
+        finished: whether the directory was made before, perhaps by another tool (`--verify_only`).
+        looked_at: share of the directory's bytes that was compared, 0 to 1; None where that is unknown.
+        health: the verdict; None if verification was skipped.
+    """
+
+    totals: Totals
+    measurements: Sequence[Measurement]
+    problems: Sequence[str]
+    calibration: Calibration
+    label: str
+    covered: int | None
+    loading: Sequence[Size] | str
+    finished: bool = False
+    looked_at: float | None = None
+    health: Health | None = None
+
+    @property
+    def all_checked(self) -> bool:
+        """Whether every FP8 weight was measured."""
+        return len(self.measurements) == self.totals.fp8
