@@ -774,11 +774,11 @@ class Swallows:
         for _ in range(1000): pass
 import fp8lib.job.run
 real = fp8lib.job.run.make_plan
-def slow(checkpoint):
+def slow(checkpoint, selection):
     import time
     Swallows()
     time.sleep(3600)
-    return real(checkpoint)
+    return real(checkpoint, selection)
 fp8lib.job.run.make_plan = slow
 """
     ended = quantize(source, tmp_path / "out", before=SHORT_ALARMS + before)
