@@ -66,13 +66,7 @@ def verify_only(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
     )
     used = earlier and earlier.settings.get("calibration")
     ordered = [results[item.name] for item in work]
-    # Advice is for the mode that was used, if that is known. What engines change are no powers of two.
-    changed = any(m.requantized for r in ordered for m in r.measurements)
-    calibration = replace(flags.calibration, scale_format="bf16" if changed else "ue8m0")
-    with suppress(Fp8Error):
-        calibration = Calibration.parse(str(used))
-        if flags.calibration not in (calibration, Calibration()):
-            talk.warn(f"scales were chosen by {calibration}; flags that say another mode have no effect")
+    calibration = _calibration(flags, talk, str(used), ordered)
     fp8 = sum(len(pairs) for _, pairs, _ in pairings)
     kept = sum(len(shard.tensors) for shard in quantized.shards) - 2 * fp8
     ordered[0] = replace(ordered[0], problems=(*unread, *ordered[0].problems))
@@ -88,6 +82,21 @@ def verify_only(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
     )
     verdict = summarize(flags, talk, found)
     return agree(ranks, verdict)
+
+
+def _calibration(flags: Namespace, talk: Talk, used: str, results: list[ShardResult]) -> Calibration:
+    """How scales were chosen, as the manifest says it; else as the flags say, and as scales show.
+
+    Advice is for that mode. What engines change are no powers of two.
+    """
+    try:
+        calibration = Calibration.parse(used)
+    except Fp8Error:
+        changed = any(m.requantized for r in results for m in r.measurements)
+        return replace(flags.calibration, scale_format="bf16" if changed else "ue8m0")
+    if flags.calibration not in (calibration, Calibration()):
+        talk.warn(f"scales were chosen by {calibration}; flags that say another mode have no effect")
+    return calibration
 
 
 def _matrices(quantized: Checkpoint) -> Iterator[tuple[str, Tensor]]:
