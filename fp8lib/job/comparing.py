@@ -80,7 +80,7 @@ def prepare(flags: Namespace, ranks: Ranks) -> Inputs:
     Raises:
         Fp8Error: no tokenizer, prompts that cannot be read, directories of other models, too little memory.
     """
-    from fp8lib.streaming.devices import choose_device
+    from fp8lib.streaming.devices import choose_device, make_current
 
     original = open_checkpoint(flags.input_dir)
     require_supported(original.config, original.root)
@@ -92,6 +92,7 @@ def prepare(flags: Namespace, ranks: Ranks) -> Inputs:
     for other in others:
         require_tokenizer(other.root)
     device = choose_device(flags.device, ranks.local_rank)
+    make_current(device)
     transformers = load_transformers(flags, ranks)
     config = load(transformers.AutoConfig, original.root, CONFIG).get_text_config()
     tokenizer = load(transformers.AutoTokenizer, original.root, "the tokenizer")
