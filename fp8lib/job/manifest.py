@@ -10,6 +10,7 @@ import hashlib
 import math
 import os
 import re
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -114,6 +115,15 @@ class Manifest:
             was = "come to" if changed[0] in self.extra_files else "gone from"
             return f"{printable(changed[0])} has {was} the input since it was begun"
         return None
+
+
+def date_of(folder: Path) -> str:
+    """When a directory's shards were last written or verified, in local time.
+
+    It is the time of the manifest's file. In the file it would make directories differ that are the same.
+    """
+    written = (folder / MANIFEST).stat().st_mtime
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(written))
 
 
 def load(folder: Path) -> Manifest | None:

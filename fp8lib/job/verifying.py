@@ -2,8 +2,7 @@
 
 import os
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from fp8lib.checkpoint.tensor_parallel import tensor_parallel
 from fp8lib.checkpoint.untrusted import printable
 from fp8lib.job import checksums, manifest, recorded
 from fp8lib.job.manifest import Manifest, ShardResult
+from fp8lib.job.progress import Progress
 from fp8lib.job.ranks import Ranks
 from fp8lib.job.rounding import open_moments
 from fp8lib.job.run import agree, settings_for, shard_check, summarize, work_and_gather, work_for_main
@@ -54,8 +54,10 @@ def verify_only(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
         return agree(ranks, None)
     others = damaged + unreadable + _other_problems(talk, original, quantized, earlier)
     results: dict[str, ShardResult] = {}
+    names, total = [item.name for item in work], sum(item.size for item in work)
+    progress = Progress(total, names, len(work), quiet=flags.quiet)
     work_and_gather(
-        flags, ranks, settings, work, len(work), 0, lambda result: results.update({result.name: result})
+        flags, ranks, settings, work, progress, lambda result: results.update({result.name: result})
     )
     ordered = [results[item.name] for item in work]
     digests = {r.name: r.sha256 for r in ordered}
@@ -63,7 +65,7 @@ def verify_only(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
     ordered[0] = replace(ordered[0], problems=(*others, *ordered[0].problems))
     if flags.checksums and not any(r.problems for r in ordered):
         checksums.write(flags.output_dir, {name: digest for name, digest in digests.items() if digest})
-    verdict = summarize(flags, talk, _findings(flags, quantized, pairings, ordered, earlier, adapters))
+    verdict = summarize(flags, talk, _findings(flags, talk, quantized, pairings, ordered, earlier, adapters))
     return agree(ranks, verdict)
 
 
@@ -130,6 +132,7 @@ def _other_problems(
 
 def _findings(
     flags: Namespace,
+    talk: Talk,
     quantized: Checkpoint,
     pairings: Sequence,
     ordered: list[ShardResult],
@@ -145,7 +148,7 @@ def _findings(
         totals=Totals(len(ordered), failed, fp8, len(outputs) - 2 * fp8, merged),
         measurements=[m for r in ordered for m in r.measurements],
         problems=[p for r in ordered for p in r.problems],
-        calibration=_calibration(flags, used, ordered),
+        calibration=_calibration(flags, talk, str(used), ordered),
         label=f"{printable(used or 'unknown')} (verify only)",
         covered=None,
         loading=tensor_parallel(outputs, quantized.config),
@@ -153,6 +156,21 @@ def _findings(
         looked_at=sum(r.looked_at for r in ordered) / sum(s.size for s in quantized.shards),
         adapters=adapters.fingerprints if adapters else (),
     )
+
+
+def _calibration(flags: Namespace, talk: Talk, used: str, results: list[ShardResult]) -> Calibration:
+    """How scales were chosen, as the manifest says it; else as the flags say, and as scales show.
+
+    Advice is for that mode. What engines change are no powers of two.
+    """
+    try:
+        calibration = Calibration.parse(used)
+    except Fp8Error:
+        changed = any(m.requantized for r in results for m in r.measurements)
+        return replace(flags.calibration, scale_format="bf16" if changed else "ue8m0")
+    if flags.calibration not in (calibration, Calibration()):
+        talk.warn(f"scales were chosen by {calibration}; flags that say another mode have no effect")
+    return calibration
 
 
 def _matrices(quantized: Checkpoint) -> Iterator[tuple[str, Tensor]]:
@@ -183,14 +201,6 @@ def _earlier_run(
     if not earlier.headers:
         talk.warn(f"its {manifest.MANIFEST} is of an earlier version, which took no checksums")
     return earlier, damaged
-
-
-def _calibration(flags: Namespace, used: object, results: Iterable[ShardResult]) -> Calibration:
-    """The mode that was used, which advice is for; what engines change are no powers of two."""
-    with suppress(Fp8Error):
-        return Calibration.parse(str(used))
-    changed = any(m.requantized for r in results for m in r.measurements)
-    return replace(flags.calibration, scale_format="bf16" if changed else "ue8m0")
 
 
 def open_finished(folder: Path) -> Checkpoint:
