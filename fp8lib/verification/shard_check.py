@@ -50,7 +50,7 @@ class ShardCheck:
         seed: of the random sample.
         factors: of second moments, to judge matrices by their outputs; None for none.
         merge: what adapters make of the originals, or None.
-        merged: kept tensors that adapters change; a sample of them is compared, byte for byte.
+        merged: kept tensors that adapters change, to compare byte for byte.
         kept: tensors to compare with the input.
         origin: where the codes and scales of a shard in this tool's layout begin, to add them up; else None.
         header_bytes: length of the header, which was compared before.
@@ -97,9 +97,8 @@ class ShardCheck:
             yield partial(_measure, batch=batch, read=read, origin=origin), partial(self._add, batch)
         for pair in sampled:
             yield from self._output_tasks(pair, files, ahead)
-        merged = sample(self.merged, self.samples, self.seed, self.name)
-        self.looked_at += sum(m.rows * m.columns * ITEM_SIZE[m.restored.dtype] for m in merged)
-        yield from compare(merged, files, ahead, self.merge, self.problems)
+        self.looked_at += sum(each.nbytes for each in self.merged)
+        yield from compare(self.merged, files, ahead, self.merge, self.problems)
 
     def _add(self, batch: list["_Rows"], found: tuple[list[Errors], int]) -> None:
         for (pair, _, _), errors in zip(batch, found[0], strict=True):
