@@ -181,7 +181,7 @@ def from_record(name: str, record: dict, verification: dict | None) -> ShardResu
 
 def _measurement(record: dict) -> Measurement:
     """The measurement that `asdict` made this of."""
-    output = record.get("output")
+    output = dict(record).get("output")
     return Measurement(
         **_of_kinds(record, Measurement, "output"),
         output=None if output is None else OutputError(**_of_kinds(output, OutputError)),
