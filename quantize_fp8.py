@@ -121,6 +121,11 @@ def make_parser() -> Parser:
         "--verify_only", action="store_true",
         help="write nothing; measure a finished --output_dir, of this tool or another, against --input_dir",
     )  # fmt: skip
+    group.add_argument(
+        "--report", type=path, action="append", default=[], metavar="FILE",
+        help="write what was found to *.json, or as a page to *.html (needs matplotlib, jinja2); twice at "
+        "most",
+    )  # fmt: skip
     group.add_argument("--seed", type=int, default=0, help="of the random sample (%(default)s)")
 
     group = parser.add_argument_group("comparing outputs")
@@ -169,6 +174,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     second_order = flags.rounding == "second_order"
     if second_order != (flags.second_moments is not None):
         parser.error("--rounding second_order and --second_moments: give both or neither")
+    if flags.dry_run and flags.report:
+        parser.error("argument --report: not allowed with argument --dry_run")
     if flags.dry_run and flags.compare_outputs:
         parser.error("argument --compare_outputs: not allowed with argument --dry_run")
     flags.selection = Selection(flags.eligibility, tuple(flags.keep_bf16), tuple(flags.quantize))

@@ -23,7 +23,7 @@ from fp8lib.job.manifest import Manifest, ShardResult
 from fp8lib.job.progress import Progress
 from fp8lib.job.ranks import Ranks
 from fp8lib.job.run import (
-    agree,
+    agree_on,
     plan_for,
     planned_check,
     settings_for,
@@ -37,11 +37,11 @@ from fp8lib.verification.findings import Findings, Totals
 from fp8lib.verification.health import Zone
 
 
-def quantize(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
+def quantize(flags: Namespace, talk: Talk, ranks: Ranks) -> tuple[Zone, Findings | None]:
     """Quantize `flags.input_dir` into `flags.output_dir` and print the summary.
 
     Returns:
-        The verdict, the same on every rank; GOOD where verification was skipped.
+        (the verdict, the same on every rank, GOOD where verification was skipped; what was found, on rank 0).
 
     Raises:
         Fp8Error: refused or failed, on every rank. No config.json is left in the output directory.
@@ -56,7 +56,7 @@ def quantize(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
     if todo is not None:
         _check_agreement(flags, terms, todo.terms, ranks)
         work_for_main(flags, ranks, settings, _work(flags, plan, ranks, settings, todo))
-        return agree(ranks, None)
+        return agree_on(ranks, None)
 
     mine = Manifest(
         settings=decisive,
@@ -88,8 +88,8 @@ def quantize(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
         journal.save()
         _finish(flags, plan, results)
     ordered = [results[s.name] for s in plan.shards]
-    verdict = summarize(flags, talk, _findings(flags, plan, ordered, covered, moments))
-    return agree(ranks, verdict)
+    found = summarize(flags, talk, _findings(flags, plan, ordered, covered, moments))
+    return agree_on(ranks, found)
 
 
 def _findings(

@@ -19,18 +19,18 @@ from fp8lib.job.manifest import ShardResult
 from fp8lib.job.progress import Progress
 from fp8lib.job.ranks import Ranks
 from fp8lib.job.rounding import open_moments
-from fp8lib.job.run import agree, settings_for, shard_check, summarize, work_and_gather, work_for_main
+from fp8lib.job.run import agree_on, settings_for, shard_check, summarize, work_and_gather, work_for_main
 from fp8lib.numerics.modes import Calibration
 from fp8lib.terminal import Talk
 from fp8lib.verification.findings import Findings, Totals
 from fp8lib.verification.health import Zone
 
 
-def verify_only(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
+def verify_only(flags: Namespace, talk: Talk, ranks: Ranks) -> tuple[Zone, Findings | None]:
     """Measure `flags.output_dir` against `flags.input_dir` and print the summary. Writes nothing.
 
     Returns:
-        The verdict, the same on every rank.
+        (the verdict, the same on every rank; what was found, on rank 0).
 
     Raises:
         Fp8Error: one of the two is no complete checkpoint.
@@ -57,7 +57,7 @@ def verify_only(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
     ]
     if not ranks.is_main:
         work_for_main(flags, ranks, settings, work)
-        return agree(ranks, None)
+        return agree_on(ranks, None)
     results: dict[str, ShardResult] = {}
     names, total = [item.name for item in work], sum(item.size for item in work)
     progress = Progress(total, names, len(work), quiet=flags.quiet)
@@ -80,8 +80,8 @@ def verify_only(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
         loading=tensor_parallel(outputs, quantized.config),
         finished=True,
     )
-    verdict = summarize(flags, talk, found)
-    return agree(ranks, verdict)
+    found = summarize(flags, talk, found)
+    return agree_on(ranks, found)
 
 
 def _calibration(flags: Namespace, talk: Talk, used: str, results: list[ShardResult]) -> Calibration:
