@@ -4,6 +4,7 @@
 import argparse
 from collections.abc import Iterator
 
+from fp8lib.checkpoint.dequantize_plan import EXPERT_LAYOUTS
 from fp8lib.checkpoint.rules import ELIGIBILITIES, Selection
 from fp8lib.command_line import Command, Parser, path, positive
 from fp8lib.numerics.modes import MODES, PHASES, SCALE_FORMATS, Calibration
@@ -20,6 +21,12 @@ COMPARISON_FLAGS = (
     "prompts_file", "no_chat_template", "max_prompt_tokens", "batch_size",
 )  # fmt: skip
 """Flags that only --compare_outputs looks at."""
+QUANTIZING_FLAGS = (
+    "calib_mode", "scale_format", *(flag[2:] for _, flag in MODE_FLAGS), "activation_stats",
+    "eligibility", "keep_bf16", "quantize", "rounding", "second_moments", "damping",
+    "lora_dir", "verify_samples", "seed", "compare_outputs", "report",
+)  # fmt: skip
+"""Flags that mean nothing to --dequantize, which chooses no scales and verifies all that it writes."""
 WRITING_FLAGS = ("overwrite", "activation_stats", "eligibility", "keep_bf16", "quantize")
 """Flags that --verify_only does not look at."""
 CHECKING_FLAGS = ("verify_samples", "seed")
@@ -42,6 +49,18 @@ def make_parser() -> Parser:
     )
 
     group.add_argument("--checksums", action="store_true", help="also write SHA256SUMS, for sha256sum -c")
+    group.add_argument(
+        "--lora_dir", type=path, action="append", default=[], metavar="ADAPTER",
+        help="merge this PEFT adapter into the weights before they are quantized; several in their order",
+    )  # fmt: skip
+    group.add_argument(
+        "--dequantize", action="store_true",
+        help="the other way round: turn a block-FP8 --input_dir back into BF16",
+    )  # fmt: skip
+    group.add_argument(
+        "--expert_layout", choices=EXPERT_LAYOUTS, default="fused",
+        help="--dequantize: one tensor for the experts of a layer, or one per expert (%(default)s)",
+    )  # fmt: skip
 
     group = parser.add_argument_group("calibration")
     group.add_argument(
@@ -171,13 +190,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("argument --verify_only: not allowed with argument --skip_verify")
     if flags.dry_run and flags.verify_only:
         parser.error("argument --verify_only: not allowed with argument --dry_run")
-    second_order = flags.rounding == "second_order"
-    if second_order != (flags.second_moments is not None):
-        parser.error("--rounding second_order and --second_moments: give both or neither")
-    if flags.dry_run and flags.report:
-        parser.error("argument --report: not allowed with argument --dry_run")
-    if flags.dry_run and flags.compare_outputs:
-        parser.error("argument --compare_outputs: not allowed with argument --dry_run")
+    _refuse_combinations(flags, parser)
     flags.selection = Selection(flags.eligibility, tuple(flags.keep_bf16), tuple(flags.quantize))
     flags.calibration = Calibration(
         mode=flags.calib_mode,
@@ -199,6 +212,7 @@ def _idle(parser: Parser, flags: argparse.Namespace) -> Iterator[tuple[str, str]
     if flags.calib_mode == "mse" and flags.scale_format == "ue8m0" and flags.mse_grid_size != PHASES:
         yield "--mse_grid_size", "with --scale_format ue8m0"
     for applies, names, where in (
+        (not flags.dequantize, ("expert_layout",), "without --dequantize"),
         (not flags.compare_outputs, COMPARISON_FLAGS, "without --compare_outputs"),
         (flags.verify_only, WRITING_FLAGS, "with --verify_only"),
         (flags.skip_verify, CHECKING_FLAGS, "with --skip_verify"),
@@ -216,6 +230,27 @@ def _damping(text: str) -> float:
     if not 1e-6 <= value <= 10:
         raise argparse.ArgumentTypeError(f"{text!r} is no number from 0.000001 to 10")
     return value
+
+
+def _refuse_combinations(flags: argparse.Namespace, parser: Parser) -> None:
+    """Refuse flags of which one could not be followed."""
+    if flags.dequantize:
+        for flag in parser.given(flags, QUANTIZING_FLAGS):
+            parser.error(
+                f"argument {flag}: not allowed with argument --dequantize, which turns weights back and "
+                "verifies all of them; leave it out, or give it to a run of its own"
+            )
+    if (flags.rounding == "second_order") != (flags.second_moments is not None):
+        parser.error("--rounding second_order and --second_moments: give both or neither")
+    if flags.dry_run and flags.report:
+        parser.error("argument --report: not allowed with argument --dry_run")
+    if flags.dry_run and flags.compare_outputs:
+        parser.error("argument --compare_outputs: not allowed with argument --dry_run")
+    if flags.lora_dir and flags.compare_outputs:
+        parser.error(
+            "argument --compare_outputs: not allowed with argument --lora_dir, because --input_dir is not "
+            "the merged model; merge first to compare"
+        )
 
 
 def _samples(text: str) -> int | None:

@@ -72,16 +72,28 @@ def require_supported(config: dict, root: Path) -> None:
     Raises:
         Fp8Error: either of the two.
     """
+    require_model_type(config, root)
     path = printable(root / CONFIG)
+    for section in (config, config.get("text_config")):
+        if isinstance(section, dict) and section.get("quantization_config") is not None:
+            raise Fp8Error(
+                f"{path}: already quantized (quantization_config); give the BF16 original, "
+                "or make one with --dequantize"
+            )
+
+
+def require_model_type(config: dict, root: Path) -> None:
+    """Refuse a model type that the rules do not know.
+
+    Raises:
+        Fp8Error: names those they do.
+    """
     model_type = config.get("model_type")
     if model_type not in SUPPORTED_MODEL_TYPES:
         raise Fp8Error(
-            f"{path}: model_type {printable(model_type)!r} is not supported; "
+            f"{printable(root / CONFIG)}: model_type {printable(model_type)!r} is not supported; "
             f"supported are {', '.join(SUPPORTED_MODEL_TYPES)}"
         )
-    for section in (config, config.get("text_config")):
-        if isinstance(section, dict) and section.get("quantization_config") is not None:
-            raise Fp8Error(f"{path}: already quantized (quantization_config); give the BF16 original")
 
 
 def _read_config(root: Path) -> dict:

@@ -83,7 +83,7 @@ def prepare(flags: Namespace, ranks: Ranks) -> Inputs:
     Raises:
         Fp8Error: no tokenizer, prompts that cannot be read, directories of other models, too little memory.
     """
-    from fp8lib.streaming.devices import choose_device
+    from fp8lib.streaming.devices import choose_device, make_current
 
     original = open_checkpoint(flags.input_dir)
     require_supported(original.config, original.root)
@@ -97,6 +97,7 @@ def prepare(flags: Namespace, ranks: Ranks) -> Inputs:
         check_config(other)
         require_tokenizer(other.root)
     device = choose_device(flags.device, ranks.local_rank)
+    make_current(device)
     transformers = load_transformers(flags, ranks)
     config = load_config(original.root)
     tokenizer = load(transformers.AutoTokenizer, original.root, "the tokenizer")

@@ -84,9 +84,10 @@ class Manifest:
         """The first thing that keeps a run from continuing another, in words, or None."""
         if self.version != other.version:
             return f"it was begun by version {printable(other.version)}, this is {self.version}"
-        for key, value in self.settings.items():
-            if other.settings.get(key) != value:
-                return f"it was begun with {key} {printable(other.settings.get(key))}, now {value}"
+        for key in other.settings | self.settings:
+            was, now = other.settings.get(key), self.settings.get(key)
+            if was != now:
+                return f"it was begun with {printable(key)} {printable(was)}, now {now}"
         for name in sorted(self.inputs.keys() | other.inputs.keys()):
             if self.inputs.get(name) != other.inputs.get(name):
                 return f"input shard {printable(name)} has changed since it was begun"

@@ -18,11 +18,12 @@ from fp8lib.checkpoint.directory import CONFIG, INDEX
 from fp8lib.checkpoint.plan import Plan, to_json
 from fp8lib.checkpoint.tensor_parallel import tensor_parallel
 from fp8lib.checkpoint.untrusted import printable
-from fp8lib.job import manifest, output_dir, rounding
+from fp8lib.job import dequantizing, manifest, output_dir, rounding
 from fp8lib.job.manifest import Manifest, ShardResult
 from fp8lib.job.progress import Progress
 from fp8lib.job.ranks import Ranks
 from fp8lib.job.run import (
+    agree,
     agree_on,
     plan_for,
     planned_check,
@@ -50,8 +51,8 @@ def quantize(flags: Namespace, talk: Talk, ranks: Ranks) -> tuple[Zone, Findings
     todo = None if ranks.is_main else Todo(**ranks.wait_for("todo"))
     plan, statistics, covered = plan_for(flags, talk)
     moments = rounding.moments_for(flags, plan, talk)
-    settings = settings_for(flags, statistics, ranks, moments)
-    decisive = _settings(flags, statistics, moments)
+    settings = settings_for(flags, statistics, ranks, moments, plan.adapters)
+    decisive = _settings(flags, plan, statistics, moments)
     terms = _terms(flags, plan, decisive)
     if todo is not None:
         _check_agreement(flags, terms, todo.terms, ranks)
@@ -88,6 +89,8 @@ def quantize(flags: Namespace, talk: Talk, ranks: Ranks) -> tuple[Zone, Findings
         journal.save()
         _finish(flags, plan, results)
     ordered = [results[s.name] for s in plan.shards]
+    if flags.dequantize:
+        return agree(ranks, dequantizing.summarize(flags, talk, plan, ordered)), None
     found = summarize(flags, talk, _findings(flags, plan, ordered, covered, moments))
     return agree_on(ranks, found)
 
@@ -110,6 +113,7 @@ def _findings(
         label=label,
         covered=covered,
         loading=tensor_parallel(plan.outputs(), plan.config()),
+        adapters=plan.adapters.fingerprints if plan.adapters else (),
     )
 
 
@@ -161,21 +165,26 @@ class Todo:
 
 
 def _settings(
-    flags: Namespace, statistics: Statistics | None, moments: rounding.SecondMomentsUse | None
+    flags: Namespace, plan: Plan, statistics: Statistics | None, moments: rounding.SecondMomentsUse | None
 ) -> dict:
     """The flags that decide bytes, as the manifest keeps them."""
-    return {
+    if flags.dequantize:
+        return {"dequantize": flags.expert_layout}
+    settings = {
         "calibration": str(flags.calibration),
         "activation_stats": statistics.sha256 if statistics else None,
         **flags.selection.settings(),
         **rounding.settings(moments),
     }
+    return settings | ({"adapters": list(plan.adapters.fingerprints)} if plan.adapters else {})
 
 
 def _verification(flags: Namespace) -> dict | None:
     """How shards are verified, as the manifest keeps it."""
     if flags.skip_verify:
         return None
+    if flags.dequantize:
+        return {"codes": "all"}
     samples = "all" if flags.verify_samples is None else flags.verify_samples
     return {"samples": samples, "seed": flags.seed}
 
@@ -192,8 +201,8 @@ def _terms(flags: Namespace, plan: Plan, decisive: dict) -> dict:
 
 def _check_agreement(flags: Namespace, mine: dict, theirs: dict, ranks: Ranks) -> None:
     """Refuse, on a rank other than 0, another input, other flags or another output directory."""
-    for key, value in mine.items():
-        if value != theirs[key]:
+    for key in mine | theirs:
+        if mine.get(key) != theirs.get(key):
             raise Fp8Error(
                 f"{printable(flags.input_dir)}: rank {ranks.rank} has other {key.replace('_', ' ')} "
                 "than rank 0; give all machines the same files and flags"
@@ -255,7 +264,7 @@ def _work(flags: Namespace, plan: Plan, ranks: Ranks, settings, todo: Todo) -> l
     units = divide([shards[name] for name in todo.quantize], ranks.world, flags.checksums)
     for shard in (shards[name] for name in todo.verify):
         path = flags.output_dir / shard.name
-        units.append(ToCheck(shard.name, shard.size, check and check(shard, path), shard.source))
+        units.append(ToCheck(shard.name, shard.size, check and check(shard, path), shard.sources))
     return units
 
 

@@ -10,7 +10,10 @@ from dataclasses import replace
 
 from fp8lib import Fp8Error
 from fp8lib.calibration.statistics_file import Statistics
+from fp8lib.checkpoint.adapters import Adapters, open_adapters
+from fp8lib.checkpoint.dequantize_plan import make_dequantize_plan
 from fp8lib.checkpoint.directory import open_checkpoint
+from fp8lib.checkpoint.merged_plan import with_adapters
 from fp8lib.checkpoint.plan import Plan, make_plan
 from fp8lib.checkpoint.untrusted import printable
 from fp8lib.job import dry_run, manifest, output_dir
@@ -37,7 +40,7 @@ def run(flags: Namespace, talk: Talk) -> Zone:
     Raises:
         Fp8Error: refused or failed, on every rank. No config.json is left in the output directory.
     """
-    from fp8lib.job import comparing, quantizing, reporting, verifying
+    from fp8lib.job import comparing, dequantizing, quantizing, reporting, verifying
 
     ranks = Ranks()
     if not ranks.is_main:
@@ -49,7 +52,9 @@ def run(flags: Namespace, talk: Talk) -> Zone:
         if ranks.is_main:
             reporting.check(flags)
         inputs = comparing.prepare(flags, ranks) if flags.compare_outputs and ranks.is_main else None
-        if flags.verify_only:
+        if flags.verify_only and flags.dequantize:
+            verdict = dequantizing.verify_only(flags, talk, ranks)
+        elif flags.verify_only:
             verdict, found = verifying.verify_only(flags, talk, ranks)
         elif flags.dry_run:
             verdict = _dry_run(flags, talk, ranks)
@@ -74,14 +79,19 @@ def plan_for(flags: Namespace, talk: Talk) -> tuple[Plan, Statistics | None, int
         Fp8Error: everything that headers and flags can refuse.
     """
     checkpoint = open_checkpoint(flags.input_dir)
-    plan = make_plan(checkpoint, flags.selection)
+    if flags.dequantize:
+        plan: Plan = make_dequantize_plan(checkpoint, flags.expert_layout)
+    else:
+        plan = make_plan(checkpoint, flags.selection)
+    if flags.lora_dir:
+        plan = with_adapters(plan, open_adapters(flags.lora_dir, checkpoint))
     for note in plan.notes:
         talk.warn(note)
     for name in checkpoint.unused:
         talk.warn(f"{printable(name)} is not in the index and is left out")
     if flags.output_dir is not None:
         output_dir.check_location(flags.input_dir, flags.output_dir)
-    if flags.activation_stats is None:
+    if flags.activation_stats is None or flags.dequantize:
         return plan, None, None
     statistics = Statistics(flags.activation_stats)
     covered = statistics.check((m.weight.name, m.columns) for m in plan.matrices)
@@ -101,8 +111,9 @@ def plan_for(flags: Namespace, talk: Talk) -> tuple[Plan, Statistics | None, int
 def _dry_run(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
     if ranks.is_main:
         plan, _, _ = plan_for(flags, talk)
-        moments_for(flags, plan, talk)
-        dry_run.print_plan(plan, talk.printer)
+        if not flags.dequantize:
+            moments_for(flags, plan, talk)
+        (dry_run.print_restoring if flags.dequantize else dry_run.print_plan)(plan, talk.printer)
     return agree(ranks, Zone.GOOD)
 
 
@@ -123,11 +134,16 @@ def agree(ranks: Ranks, verdict: Zone | None) -> Zone:
 
 
 def settings_for(
-    flags: Namespace, statistics: Statistics | None, ranks: Ranks, moments: SecondMomentsUse | None
+    flags: Namespace,
+    statistics: Statistics | None,
+    ranks: Ranks,
+    moments: SecondMomentsUse | None = None,
+    adapters: Adapters | None = None,
 ):
     """How this rank processes shards: `streaming.shard_job.Settings`."""
     from fp8lib.streaming import devices
     from fp8lib.streaming.convert import Nearest
+    from fp8lib.streaming.merging import AdapterMerge
     from fp8lib.streaming.shard_job import Settings
 
     device = devices.choose_device(flags.device, ranks.local_rank)
@@ -143,26 +159,40 @@ def settings_for(
         workers=flags.workers or devices.default_workers(device, ranks.local_world),
         checksums=flags.checksums,
         readers=devices.default_readers(device, ranks.local_world),
+        merge=AdapterMerge(adapters) if adapters else None,
     )
 
 
-def shard_check(flags: Namespace, settings, name: str, pairs: Sequence, problems: Sequence[str]):
+def shard_check(
+    flags: Namespace, settings, name: str, pairs: Sequence, problems: Sequence[str], merged: Sequence = ()
+):
     """The check of one shard that the flags ask for: `verification.shard_check.ShardCheck`."""
     from fp8lib.verification.shard_check import ShardCheck
 
-    factors = getattr(settings.convert, "factors", None)
-    return ShardCheck(name, tuple(pairs), list(problems), flags.verify_samples, flags.seed, factors)
+    return ShardCheck(
+        name,
+        tuple(pairs),
+        list(problems),
+        flags.verify_samples,
+        flags.seed,
+        getattr(settings.convert, "factors", None),
+        settings.merge,
+        tuple(merged),
+    )
 
 
 def planned_check(flags: Namespace, settings) -> Callable | None:
     """(plan, path) -> check of a shard that was written as planned; None if verification is skipped."""
     from fp8lib.verification.pairing import planned_pairs, structural_problems
+    from fp8lib.verification.restored import RestoredCheck, planned_restored
 
-    if flags.skip_verify:
-        return None
-    return lambda plan, path: shard_check(
-        flags, settings, plan.name, planned_pairs(plan, path), structural_problems(plan, path)
-    )
+    def check(plan, path):
+        problems, rewritten = structural_problems(plan, path), planned_restored(plan, path)
+        if flags.dequantize:
+            return RestoredCheck(plan.name, rewritten, problems)
+        return shard_check(flags, settings, plan.name, planned_pairs(plan, path), problems, rewritten)
+
+    return None if flags.skip_verify else check
 
 
 def work_for_main(flags: Namespace, ranks: Ranks, settings, work: list) -> None:

@@ -30,13 +30,13 @@ class ToCheck:
     Attributes:
         name, size: of the file.
         check: what to do with it, or None.
-        source: the input shard all of it was made from, if that is known.
+        sources: the input shards it was made from, as far as they are known.
     """
 
     name: str
     size: int
     check: Check | None
-    source: Shard | None = None
+    sources: tuple[Shard, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +148,7 @@ class Scheduler:
 
     def _start(self, unit: Unit) -> None:
         plan = unit.plan
-        job = ShardJob(plan.name, plan.size, self.settings, source=plan.source, unit=unit)
+        job = ShardJob(plan.name, plan.size, self.settings, sources=plan.sources, unit=unit)
         self.jobs.append(job)
         job.refuse_changed()
         job.open_output(self.output)
@@ -167,7 +167,7 @@ class Scheduler:
                 yield from self._submit_one(job, *task)
 
     def _check_complete(self, item: ToCheck) -> Iterator[Done]:
-        job = ShardJob(item.name, item.size, self.settings, source=item.source, check=item.check)
+        job = ShardJob(item.name, item.size, self.settings, sources=item.sources, check=item.check)
         self.jobs.append(job)
         yield from self._check(job)
 

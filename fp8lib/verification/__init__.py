@@ -5,6 +5,9 @@ measure          error sums, and what they add up to
 measure_outputs  the same of what weights change in outputs
 output_error     judging weights by that
 shard_check      reads one shard back and measures a sample
+reading          rows read back from the disk
+restored         weights that were turned back or merged, compared with where they came from
+restored_pairing, restored_report   their pairs by name, their summary
 health           bands, verdict, recommendations
 findings         all of this about one directory: what summary, reports and advice read
 loading          what engines need to load it

@@ -11,21 +11,12 @@ from pathlib import Path
 
 from fp8lib.checkpoint.directory import Checkpoint
 from fp8lib.checkpoint.headers import ITEM_SIZE, Shard, Tensor, read_shard
-from fp8lib.checkpoint.layout import ShardPlan, matrices_of
+from fp8lib.checkpoint.layout import Extent, ShardPlan, matrices_of
 from fp8lib.checkpoint.untrusted import printable
 from fp8lib.numerics.blocks import blocks
 from fp8lib.streaming.lanes import DTYPES
 
 SCALE_SUFFIX = "_scale_inv"
-
-
-@dataclass(frozen=True, slots=True)
-class Extent:
-    """Where a matrix's bytes are: contiguous rows of `dtype` from `start` of a file on."""
-
-    path: Path
-    dtype: str
-    start: int
 
 
 @dataclass(frozen=True, slots=True)

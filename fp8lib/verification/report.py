@@ -45,7 +45,8 @@ def print_summary(printer: Printer, found: Findings) -> None:
         _print_metrics(printer, by_bands)
     if measurements:
         _print_served(printer, measurements, found.calibration.powers_of_two)
-    _print_flagged(printer, health, found.problems)
+    print_problems(printer, found.problems)
+    _print_flagged(printer, health)
     _print_verdict(printer, health)
 
 
@@ -68,6 +69,8 @@ def _print_totals(printer: Printer, found: Findings) -> None:
     printer.line(f"  Calibration         : {found.label}")
     if found.covered is not None:
         printer.line(f"  Activation stats    : {found.covered} of {totals.fp8} tensors")
+    if totals.merged:
+        printer.line(f"  Adapters merged     : into {totals.merged} weights")
     printer.line("-" * WIDTH)
     printer.line(f"  Shards processed    : {totals.shards}  ({totals.failed} failed)")
     printer.line(f"  FP8 weight tensors  : {totals.fp8}")
@@ -115,13 +118,17 @@ def _print_served(printer: Printer, measurements: Sequence[Measurement], powers_
     printer.wrapped(FLOOR if powers_of_two else REQUANTIZED, "    ", "    ")
 
 
-def _print_flagged(printer: Printer, health: Health, problems: Sequence[str]) -> None:
+def print_problems(printer: Printer, problems: Sequence[str]) -> None:
+    """The first structural deviations, one line each."""
     if problems:
         printer.line("-" * WIDTH)
         for problem in problems[:LISTED]:
             printer.line(f"  {printer.mark(Zone.FAIL)} {problem}")
         if problems[LISTED:]:
             printer.line(f"  … and {len(problems) - LISTED} more")
+
+
+def _print_flagged(printer: Printer, health: Health) -> None:
     if health.flagged:
         printer.line("-" * WIDTH)
         printer.line("  Not GOOD, worst first         cosine    mean abs   max abs")
