@@ -76,10 +76,12 @@ def distributions(measurements: Sequence[Mapping], bands: Sequence[Mapping]) -> 
     if not metrics:
         return None
     limits = {band["metric"]: band for band in bands}
-    figure = Figure(figsize=(3.1 * len(metrics), 2.6), layout="constrained")
+    across = min(len(metrics), 3)
+    down = math.ceil(len(metrics) / across)
+    figure = Figure(figsize=(3.5 * across, 2.4 * down), layout="constrained")
     with mpl.rc_context(_STYLE):
         for place, (metric, label, shown) in enumerate(metrics, 1):
-            axes = figure.add_subplot(1, len(metrics), place)
+            axes = figure.add_subplot(down, across, place)
             values = np.array([shown(float(m[metric])) for m in measurements])
             band = limits.get(metric)
             lines = {zone: shown(float(band[key])) for key, zone in _LIMITS} if band else {}
@@ -87,7 +89,7 @@ def distributions(measurements: Sequence[Mapping], bands: Sequence[Mapping]) -> 
             for zone, where in lines.items():
                 axes.axvline(where, color=COLOURS[zone], linewidth=1.4, linestyle="--")
             axes.set_xlabel(label)
-            axes.set_ylabel("tensors" if place == 1 else "")
+            axes.set_ylabel("tensors" if place % across == 1 else "")
         return _svg(figure, "distributions")
 
 
