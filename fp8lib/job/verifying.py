@@ -19,7 +19,7 @@ from fp8lib.job.manifest import Manifest, ShardResult
 from fp8lib.job.progress import Progress
 from fp8lib.job.ranks import Ranks
 from fp8lib.job.rounding import open_moments
-from fp8lib.job.run import agree, settings_for, shard_check, summarize, work_and_gather, work_for_main
+from fp8lib.job.run import agree_on, settings_for, shard_check, summarize, work_and_gather, work_for_main
 from fp8lib.numerics.modes import Calibration
 from fp8lib.streaming.sums import Origin
 from fp8lib.terminal import Talk
@@ -28,13 +28,13 @@ from fp8lib.verification.findings import Findings, Totals
 from fp8lib.verification.health import Zone
 
 
-def verify_only(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
+def verify_only(flags: Namespace, talk: Talk, ranks: Ranks) -> tuple[Zone, Findings | None]:
     """Measure `flags.output_dir` against `flags.input_dir` and print the summary.
 
     Writes nothing but SHA256SUMS, and that only with `--checksums`.
 
     Returns:
-        The verdict, the same on every rank.
+        (the verdict, the same on every rank; what was found, on rank 0).
 
     Raises:
         Fp8Error: one of the two is no complete checkpoint.
@@ -51,7 +51,7 @@ def verify_only(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
     work = _work(flags, settings, pairings, earlier, listed, adapters)
     if not ranks.is_main:
         work_for_main(flags, ranks, settings, work)
-        return agree(ranks, None)
+        return agree_on(ranks, None)
     others = damaged + unreadable + _other_problems(talk, original, quantized, earlier)
     results: dict[str, ShardResult] = {}
     names, total = [item.name for item in work], sum(item.size for item in work)
@@ -65,8 +65,8 @@ def verify_only(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
     ordered[0] = replace(ordered[0], problems=(*others, *ordered[0].problems))
     if flags.checksums and not any(r.problems for r in ordered):
         checksums.write(flags.output_dir, {name: digest for name, digest in digests.items() if digest})
-    verdict = summarize(flags, talk, _findings(flags, talk, quantized, pairings, ordered, earlier, adapters))
-    return agree(ranks, verdict)
+    found = _findings(flags, talk, quantized, pairings, ordered, earlier, adapters)
+    return agree_on(ranks, summarize(flags, talk, found))
 
 
 def _work(
