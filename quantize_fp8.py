@@ -6,6 +6,7 @@ import argparse
 from fp8lib.checkpoint.rules import ELIGIBILITIES, Selection
 from fp8lib.command_line import Command, Parser, path, positive
 from fp8lib.numerics.modes import MODES, PHASES, SCALE_FORMATS, Calibration
+from fp8lib.verification.bands import Bands
 
 MODE_FLAGS = (
     ("rms", "--rms_factor"),
@@ -116,6 +117,11 @@ def make_parser() -> Parser:
         "--verify_only", action="store_true",
         help="write nothing; measure a finished --output_dir, of this tool or another, against --input_dir",
     )  # fmt: skip
+    group.add_argument(
+        "--band", action="append", default=[], metavar="NAME=GOOD,HARD",
+        help="limits of cosine, mae or maxae, such as cosine=0.9995,0.995; repeatable",
+    )  # fmt: skip
+    group.add_argument("--strict", action="store_true", help="exit code 1 for WARN, too")
     group.add_argument("--seed", type=int, default=0, help="of the random sample (%(default)s)")
 
     group = parser.add_argument_group("comparing outputs")
@@ -180,6 +186,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             for name in COMPARISON_FLAGS
             if getattr(flags, name) != parser.get_default(name)
         )
+    flags.bands = Bands.parse(flags.band)
     flags.calibration = Calibration(
         mode=flags.calib_mode,
         rms_factor=flags.rms_factor,
@@ -210,11 +217,10 @@ def _samples(text: str) -> int | None:
 
 
 def _run(flags: argparse.Namespace) -> int:
-    from fp8lib.job.run import run
+    from fp8lib.job.run import exit_code, run
     from fp8lib.terminal import Talk
-    from fp8lib.verification.health import Zone
 
-    return 1 if run(flags, Talk.to_terminal(flags.quiet)) is Zone.FAIL else 0
+    return exit_code(flags, run(flags, Talk.to_terminal(flags.quiet)))
 
 
 COMMAND = Command(

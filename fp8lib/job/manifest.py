@@ -17,7 +17,7 @@ from fp8lib.checkpoint.headers import Shard
 from fp8lib.checkpoint.plan import to_json
 from fp8lib.checkpoint.untrusted import printable, read_json
 from fp8lib.streaming.writer import write_file
-from fp8lib.verification.health import Measurement
+from fp8lib.verification.measurement import Measurement
 from fp8lib.verification.output_error import OutputError
 
 MANIFEST = "fp8_quantization.json"
@@ -35,6 +35,7 @@ class ShardResult:
         measurements: of the matrices that were spot-checked.
         problems: structural deviations, one line each.
         final: False for a shard that is complete on disk and still to be verified.
+        damaged: whether codes or scales in it are not what the tool gives.
     """
 
     name: str
@@ -43,6 +44,7 @@ class ShardResult:
     measurements: tuple[Measurement, ...]
     problems: tuple[str, ...]
     final: bool = True
+    damaged: bool = False
 
 
 @dataclass(slots=True)
@@ -154,6 +156,7 @@ def to_record(result: ShardResult, verification: dict | None) -> dict:
         "verification": verification,
         "measurements": [_plain(asdict(m)) for m in result.measurements],
         "problems": list(result.problems),
+        "damaged": result.damaged,
     }
 
 
@@ -164,7 +167,8 @@ def from_record(name: str, record: dict, verification: dict | None) -> ShardResu
             return None
         measurements = tuple(map(_measurement, record["measurements"]))
         problems = tuple(map(printable, record["problems"]))
-        return ShardResult(name, record["size"], record["sha256"], measurements, problems)
+        damaged = bool(record["damaged"])
+        return ShardResult(name, record["size"], record["sha256"], measurements, problems, damaged=damaged)
     except (KeyError, TypeError, ValueError, OverflowError):
         return None
 

@@ -108,6 +108,7 @@ def _findings(
         label=label,
         covered=covered,
         loading=tensor_parallel(plan.outputs(), plan.config()),
+        damaged=[r.name for r in ordered if r.damaged],
     )
 
 

@@ -13,13 +13,14 @@ from fp8lib.calibration.statistics_file import Statistics
 from fp8lib.checkpoint.directory import open_checkpoint
 from fp8lib.checkpoint.plan import Plan, make_plan
 from fp8lib.checkpoint.untrusted import printable
-from fp8lib.job import dry_run, manifest, output_dir
+from fp8lib.job import claims, dry_run, manifest, output_dir
 from fp8lib.job.manifest import ShardResult
 from fp8lib.job.progress import Progress
 from fp8lib.job.ranks import Ranks
 from fp8lib.job.rounding import SecondMomentsUse, moments_for
 from fp8lib.terminal import Talk
 from fp8lib.verification import report
+from fp8lib.verification.claim import Claim
 from fp8lib.verification.findings import Findings
 from fp8lib.verification.health import Zone, judge
 
@@ -58,8 +59,13 @@ def run(flags: Namespace, talk: Talk) -> Zone:
         ranks.fail(error)
         ranks.leave()
         raise
-    ranks.leave(exit_code=1 if verdict is Zone.FAIL else 0)
+    ranks.leave(exit_code=exit_code(flags, verdict))
     return verdict
+
+
+def exit_code(flags: Namespace, verdict: Zone) -> int:
+    """1 for FAIL, and with --strict for WARN."""
+    return int(verdict is Zone.FAIL or (flags.strict and verdict is Zone.WARN))
 
 
 def plan_for(flags: Namespace, talk: Talk) -> tuple[Plan, Statistics | None, int | None]:
@@ -136,12 +142,14 @@ def settings_for(
     )
 
 
-def shard_check(flags: Namespace, settings, name: str, pairs: Sequence, problems: Sequence[str]):
+def shard_check(
+    flags: Namespace, settings, claim: Claim, name: str, pairs: Sequence, problems: Sequence[str]
+):
     """The check of one shard that the flags ask for: `verification.shard_check.ShardCheck`."""
     from fp8lib.verification.shard_check import ShardCheck
 
     factors = getattr(settings.convert, "factors", None)
-    return ShardCheck(name, tuple(pairs), list(problems), flags.verify_samples, flags.seed, factors)
+    return ShardCheck(name, tuple(pairs), list(problems), flags.verify_samples, flags.seed, claim, factors)
 
 
 def planned_check(flags: Namespace, settings) -> Callable | None:
@@ -150,8 +158,9 @@ def planned_check(flags: Namespace, settings) -> Callable | None:
 
     if flags.skip_verify:
         return None
+    claim = claims.of_run(flags, settings)
     return lambda plan, path: shard_check(
-        flags, settings, plan.name, planned_pairs(plan, path), structural_problems(plan, path)
+        flags, settings, claim, plan.name, planned_pairs(plan, path), structural_problems(plan, path)
     )
 
 
@@ -224,14 +233,24 @@ def _process(flags: Namespace, ranks: Ranks, settings, work: list, on_bytes) -> 
     with closing(shards):
         for done in shards:
             measurements = done.check.measurements() if done.check else ()
-            problems = tuple(done.check.problems) if done.check else ()
-            yield ShardResult(done.name, done.size, done.sha256, measurements, problems, done.final)
+            damage = done.check.damage(measurements) if done.check else []
+            problems = (*done.check.problems, *damage) if done.check else ()
+            yield ShardResult(
+                done.name, done.size, done.sha256, measurements, problems, done.final, damaged=bool(damage)
+            )
 
 
 def summarize(flags: Namespace, talk: Talk, found: Findings) -> Zone:
     """Judge what was found, unless verification was skipped, and print the summary; returns the verdict."""
     if not flags.skip_verify:
-        health = judge(found.measurements, found.problems, found.calibration, found.finished)
-        found = replace(found, health=health)
+        health = judge(
+            found.measurements,
+            found.problems,
+            found.calibration,
+            found.finished,
+            flags.bands,
+            found.damaged,
+        )
+        found = replace(found, health=health, bands=flags.bands)
     report.print_summary(talk.printer, found)
     return found.health.verdict if found.health else Zone.GOOD

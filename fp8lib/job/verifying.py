@@ -14,7 +14,7 @@ from fp8lib.checkpoint.matching import mismatches
 from fp8lib.checkpoint.rules import fusion_group
 from fp8lib.checkpoint.tensor_parallel import tensor_parallel
 from fp8lib.checkpoint.untrusted import printable
-from fp8lib.job import manifest
+from fp8lib.job import claims, manifest
 from fp8lib.job.manifest import ShardResult
 from fp8lib.job.ranks import Ranks
 from fp8lib.job.rounding import open_moments
@@ -39,20 +39,24 @@ def verify_only(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
 
     original, quantized = open_checkpoint(flags.input_dir), _open_finished(flags.output_dir)
     weights = ((name, t.shape[1]) for name, t in _matrices(quantized))
-    settings = settings_for(flags, None, ranks, open_moments(flags, weights))
+    moments = open_moments(flags, weights)
+    settings = settings_for(flags, None, ranks, moments)
     pairings = pair_directories(original, quantized)
     earlier = None
     with suppress(Fp8Error):  # another tool's, or damaged: nothing depends on it
         earlier = manifest.load(flags.output_dir)
     if earlier and not earlier.made_from(original.shards):
         talk.warn(f"by its {manifest.MANIFEST}, {printable(flags.output_dir)} was not made from this input")
+    known = earlier if earlier and earlier.made_from(original.shards) else None
+    pairs = (pair for _, own, _ in pairings for pair in own)
+    claim = claims.of_manifest(flags, settings, moments, known, pairs)
     outputs = [tensor for shard in quantized.shards for tensor in shard.tensors]
     unread = mismatches(outputs, quantized.config)
     if "quantization_config" not in quantized.config:
         unread.append(f"{CONFIG}: has no quantization_config, so no engine will read the weights as FP8")
     work = [
-        ToCheck(shard.name, shard.size, shard_check(flags, settings, shard.name, pairs, problems))
-        for shard, pairs, problems in pairings
+        ToCheck(shard.name, shard.size, shard_check(flags, settings, claim, shard.name, own, problems))
+        for shard, own, problems in pairings
     ]
     if not ranks.is_main:
         work_for_main(flags, ranks, settings, work)
@@ -63,9 +67,8 @@ def verify_only(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
     )
     used = earlier and earlier.settings.get("calibration")
     ordered = [results[item.name] for item in work]
-    # Advice is for the mode that was used, if that is known. What engines change are no powers of two.
-    changed = any(m.requantized for r in ordered for m in r.measurements)
-    calibration = replace(flags.calibration, scale_format="bf16" if changed else "ue8m0")
+    # Advice is for the mode that was used, if that is known.
+    calibration = replace(flags.calibration, scale_format="ue8m0" if claim.powers_of_two else "bf16")
     with suppress(Fp8Error):
         calibration = Calibration.parse(str(used))
     fp8 = sum(len(pairs) for _, pairs, _ in pairings)
@@ -79,6 +82,7 @@ def verify_only(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
         label=f"{printable(used or 'unknown')} (verify only)",
         covered=None,
         loading=tensor_parallel(outputs, quantized.config),
+        damaged=[r.name for r in ordered if r.damaged],
         finished=True,
     )
     verdict = summarize(flags, talk, found)

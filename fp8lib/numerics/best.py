@@ -20,7 +20,7 @@ def best_scales(weights: torch.Tensor, powers_of_two: bool) -> tuple[torch.Tenso
 
 
 def not_nearest(weights: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Which codes are not what rounding to nearest gives under the scales: on a tie the even one, 448 above it.
+    """Which codes are not the nearest under the scales: on a tie the even one, above 448 it.
 
     Args:
         weights: [rows, columns], BF16, F16 or F32.

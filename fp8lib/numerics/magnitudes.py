@@ -5,7 +5,8 @@ sums over a histogram, with a quarter as many terms as there are weights and in 
 scales, where all blocks have the same magnitudes in units of their scale, one matrix product.
 
 The bins are the BF16 magnitudes of 30 octaves around the scale, s * 2^-20 to s * 2^10: 448 is in the last but
-one, and below 2^-10 everything becomes zero; one of 10^7 Gaussian weights is smaller than the least. The first bin takes zero and what is below, the last what is above.
+one, and below 2^-10 everything becomes zero. The first bin takes zero and what is below, the last what is
+above. Of Gaussian weights one in 10^7 is below and not zero.
 """
 
 import torch
@@ -40,8 +41,8 @@ def histogram(weights: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor
         scales: [Rb, Cb], BF16 or F32.
 
     Returns:
-        (int64 [Rb * Cb, BINS], int32 [Rb * Cb, 1]: the BF16 bits that bin 1 stands for; bin b stands for b - 1
-        more).
+        (int64 [Rb * Cb, BINS], int32 [Rb * Cb, 1]: the BF16 bits that bin 1 stands for; bin b stands for
+        b - 1 more).
     """
     (row_blocks, column_blocks), count, device = scales.shape, scales.numel(), weights.device
     power = magnitude_bits(leading_power(scales.float())).to(torch.int32)
@@ -138,10 +139,13 @@ def _largest(counts: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 
 def smaller_half(counts: torch.Tensor) -> torch.Tensor:
-    """Which shares of the bins hold the smaller half of a block's weights, the median's included: bool [n, m].
+    """Which shares of the bins hold the smaller half of a block's weights, the median's included.
 
     Args:
         counts: [n, m], of weights that are not zero.
+
+    Returns:
+        bool [n, m].
     """
     up_to = counts.cumsum(dim=1)
     return (up_to - counts) * 2 < up_to[:, -1:]

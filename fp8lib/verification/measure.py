@@ -7,15 +7,16 @@ mean_abs    mean of |w - w'|
 max_abs     largest |w - w'|
 vs_best     |w - w'|^2 over the least that block scales of the same format can give, block by block
 zero_share  share of the nonzero weights that became zero
-bulk_error  |w - w'| / |w| of the smaller half of a block's nonzero weights; the largest of all blocks
+bulk_error  |w - w'| / |w| of the smaller half of a block's nonzero weights; the largest of all blocks.
+            The half ends with the eighth of an octave, by BF16 bits, that the median is in
 
 The first four twice: for the weights as they are in the file, and as an engine computes with them that
 requantizes them (`numerics/served.py`).
 
-`bulk_error` is what outliers cannot hide. One weight of 1e5 in a block leaves all others zero and the tensor's
-cosine at 1.000000. The block's cosine without its largest weight would show that, but not two such weights, nor
-a channel of them; its smaller half is free of them, whatever they are. Nor do faint weights alarm anybody by
-themselves: the half has the energy of those near the median.
+`bulk_error` is what outliers cannot hide. One weight of 1e5 in a block leaves all others zero, and the
+tensor's cosine at 1.000000. The block's cosine without its largest weight would show that, but not with two such
+weights, nor with a channel of them; its smaller half is free of them, wherever they are. Faint weights alarm
+nobody by themselves: most of the half's energy is that of weights near the median.
 
 And what is exact is compared exactly: codes with what rounding to nearest gives, scales with what choosing
 them again gives. `sums.py` does the sums.

@@ -20,8 +20,9 @@ from fp8lib.numerics.e4m3 import DTYPE
 from fp8lib.streaming.lanes import DTYPES, Files, Lane, ReadAhead, Way
 from fp8lib.streaming.shard_job import Task
 from fp8lib.streaming.units import row_ranges
-from fp8lib.verification.health import Measurement
+from fp8lib.verification.claim import Claim
 from fp8lib.verification.measure import Errors, combine, measure_all
+from fp8lib.verification.measurement import Measurement
 from fp8lib.verification.pairing import Extent, Pair
 
 if TYPE_CHECKING:  # nothing of second moments is imported where there are none
@@ -47,6 +48,7 @@ class ShardCheck:
         problems: structural deviations, one line each; what is known before, and what the check adds.
         samples: matrices to measure; None for all.
         seed: of the random sample.
+        claim: what codes and scales should be.
         factors: of second moments, to judge matrices by their outputs; None for none.
         errors: error sums of each measured matrix, in the order of its rows.
         outputs: the same of those that are judged by their outputs.
@@ -57,6 +59,7 @@ class ShardCheck:
     problems: list[str]
     samples: int | None
     seed: int
+    claim: Claim
     factors: "Factors | None" = None
     errors: dict[str, list[Errors]] = field(default_factory=dict)
     outputs: "dict[str, list[OutputSums]]" = field(default_factory=dict)
@@ -72,7 +75,7 @@ class ShardCheck:
         pieces = ((p, *span) for p in sampled for span in row_ranges(p.rows, p.columns, PIECE))
         for batch in _batches(pieces, AT_A_TIME[ahead.device.type]):
             read = ahead.submit(_read_rows, files, batch)
-            yield partial(_measure, batch=batch, read=read), partial(self._add, batch)
+            yield partial(_measure, batch=batch, read=read, claim=self.claim), partial(self._add, batch)
         for pair in sampled:
             yield from self._output_tasks(pair, files, ahead)
 
@@ -88,6 +91,17 @@ class ShardCheck:
 
             found[name] = replace(found[name], output=combine_outputs(pieces))
         return tuple(found.values())
+
+    def damage(self, measurements: Sequence[Measurement]) -> list[str]:
+        """What in the shard is not what it should be, by its measurements: at most one line."""
+        by_codes = [m for m in measurements if self.claim.nearest and m.output is None and m.not_nearest]
+        by_scales = [m for m in measurements if m.other_scales]
+        if not (wrong := by_codes + by_scales):
+            return []
+        codes, scales = sum(m.not_nearest for m in by_codes), sum(m.other_scales for m in by_scales)
+        counts = " and ".join(f"{n:,} {what}" for n, what in ((codes, "codes"), (scales, "scales")) if n)
+        tensors = f"in {len({m.name for m in wrong})} tensors, such as {printable(wrong[0].name)}"
+        return [f"{printable(self.name)}: {counts} are not what this tool gives, {tensors}"]
 
     def _output_tasks(self, pair: Pair, files: Files, ahead: ReadAhead) -> Iterator[Task]:
         """Tasks that measure a matrix by its outputs, if there are second moments for it."""
@@ -183,9 +197,12 @@ def _read(lane: Lane, files: Files, buffer: str, extent: Extent, start: int, cou
     return lane.read(buffer, files, extent.path, start, count * ITEM_SIZE[extent.dtype], way).view(dtype)
 
 
-def _measure(lane: Lane, batch: list[_Rows], read: Future) -> list[Errors]:
+def _measure(lane: Lane, batch: list[_Rows], read: Future, claim: Claim) -> list[Errors]:
     """The errors of each piece of a batch."""
-    return measure_all(_pieces(lane, batch, read))
+    pieces, again = _pieces(lane, batch, read), ()
+    if claim.scales is not None:
+        again = [claim.scales(pair.name, own[0]) for (pair, _, _), own in zip(batch, pieces, strict=True)]
+    return measure_all(pieces, claim.powers_of_two, again)
 
 
 def _pieces(lane: Lane, batch: list[_Rows], read: Future) -> list[tuple[torch.Tensor, ...]]:

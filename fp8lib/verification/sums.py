@@ -1,8 +1,8 @@
 """Sums over a piece of a matrix: what `measure.py` makes its figures of.
 
-Two ways to the same. A piece of BF16 weights whose codes are all the nearest is counted, magnitude by magnitude
-(`numerics/magnitudes.py`), and the sums are taken over the counts: half the time of going through the weights
-once for each sum. All others, F16 and F32 weights among them, go through the weights.
+Two ways to the same. A piece of BF16 weights whose codes are all the nearest is counted, magnitude by
+magnitude (`numerics/magnitudes.py`), and the sums are taken over the counts: half the time of going through
+the weights once for each sum. All others, F16 and F32 weights among them, go through the weights.
 """
 
 import torch
@@ -44,7 +44,8 @@ class Prepared:
         wrong: which codes are not the nearest.
         doubtful: blocks that another scale, or the nearest codes, might lose less in.
         known: largest weight, whether the counts are enough, whether engines change nothing, whether all
-            scales are powers of two, the number of doubtful blocks, and of weights in the first bin: float32 [6].
+            scales are powers of two, the number of doubtful blocks, and of weights in the first bin:
+            float32 [6].
     """
 
     def __init__(
@@ -106,8 +107,8 @@ def _over_counts(piece: Prepared, chosen: torch.Tensor, same: bool, powers: bool
     in_file = _fields(written, max_abs)
     least = written[..., LOST].sum(dim=1)
     if len(chosen):
-        values, best = magnitudes(piece.first[chosen]), piece.best.float().view(-1, 1)[chosen]
-        found, _ = sums(counts[chosen], values, rounded(values, best))
+        some, best = magnitudes(piece.first[chosen]), piece.best.float().view(-1, 1)[chosen]
+        found, _ = sums(counts[chosen], some, rounded(some, best))
         least[chosen] = torch.minimum(least[chosen], found[..., LOST].sum(dim=1))
     quiet = smaller_half(written[..., COUNT])
     bulk = _ratio((written[..., LOST] * quiet).sum(dim=1), (written[..., ENERGY] * quiet).sum(dim=1)).amax()
