@@ -3,7 +3,7 @@
 
 import argparse
 
-from fp8lib.checkpoint.rules import ELIGIBILITIES, Selection
+from fp8lib.checkpoint.rules import ELIGIBILITIES, KEPT_DTYPES, Selection
 from fp8lib.command_line import Command, Parser, path, positive
 from fp8lib.numerics.modes import MODES, PHASES, SCALE_FORMATS, Calibration
 from fp8lib.verification.bands import Bands
@@ -37,7 +37,11 @@ def make_parser() -> Parser:
         "--overwrite", action="store_true", help="replace what an earlier run wrote to --output_dir"
     )
 
-    group.add_argument("--checksums", action="store_true", help="also write SHA256SUMS, for sha256sum -c")
+    group.add_argument(
+        "--checksums",
+        action="store_true",
+        help="also write SHA256SUMS of all files, for sha256sum -c; with a finished directory, that alone",
+    )
 
     group = parser.add_argument_group("calibration")
     group.add_argument(
@@ -84,6 +88,12 @@ def make_parser() -> Parser:
         "repeatable",
     )  # fmt: skip
 
+    group.add_argument(
+        "--kept_dtype", choices=KEPT_DTYPES,
+        help="store what is kept of an F32 or F16 input like this, but for routers, norms and the state of "
+        "linear attention (as in the input)",
+    )  # fmt: skip
+
     group = parser.add_argument_group("rounding")
     group.add_argument(
         "--rounding", choices=("nearest", "second_order"), default="nearest",
@@ -115,7 +125,8 @@ def make_parser() -> Parser:
     group.add_argument("--skip_verify", action="store_true", help="write without verifying")
     group.add_argument(
         "--verify_only", action="store_true",
-        help="write nothing; measure a finished --output_dir, of this tool or another, against --input_dir",
+        help="write nothing but what --checksums asks for; measure a finished --output_dir, of this tool or "
+        "another, against --input_dir",
     )  # fmt: skip
     group.add_argument(
         "--band", action="append", default=[], metavar="NAME=GOOD,HARD",
@@ -179,7 +190,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     if flags.calib_mode == "mse" and flags.scale_format == "ue8m0" and flags.mse_grid_size != PHASES:
         flags.notes += ("--mse_grid_size has no effect with --scale_format ue8m0",)
-    flags.selection = Selection(flags.eligibility, tuple(flags.keep_bf16), tuple(flags.quantize))
+    flags.selection = Selection(
+        flags.eligibility,
+        tuple(flags.keep_bf16),
+        tuple(flags.quantize),
+        kept_dtype=KEPT_DTYPES.get(flags.kept_dtype),
+    )
     if not flags.compare_outputs:
         flags.notes += tuple(
             f"--{name} has no effect without --compare_outputs"

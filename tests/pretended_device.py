@@ -40,6 +40,18 @@ WAITS = {"_local_scalar_dense": 1, "nonzero": 1, "masked_select": 1, "_unique2":
 """Operations of CUDA whose result, or its size, the host waits for; how often. `bincount` looks for the least
 and the largest value."""
 APPROXIMATED = {"exp", "exp2", "log", "log2", "log10", "pow", "rsqrt", "tanh", "sigmoid"}
+TO_PYTHON = {
+    getattr(torch.Tensor, name) for name in ("tolist", "__float__", "__int__", "__index__", "__format__")
+}
+"""Values for Python, which in C++ begin with a call of the driver: a copy to the host, which waits."""
+WITHOUT_DRIVER = {
+    torch.Tensor.__invert__: torch.ops.aten.bitwise_not,
+    torch.Tensor.copy_: torch.ops.aten.copy_,
+    torch.Tensor.nonzero: lambda t, as_tuple=False: (
+        torch.ops.aten.nonzero(t).unbind(1) if as_tuple else torch.ops.aten.nonzero(t)
+    ),
+}
+"""Methods that in C++ begin with a call of the driver, and what does the same without one."""
 NO_KERNEL = {
     "empty",
     "empty_strided",
@@ -69,6 +81,9 @@ class Pretended(torch.Tensor):
 
     def __init__(self, inner: torch.Tensor, memory: "_Memory") -> None:
         self.inner, self.memory = inner, memory
+
+    def __repr__(self, **_: object) -> str:
+        return f"Pretended({list(self.shape)}, {self.dtype}, {self.device})"
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -424,6 +439,10 @@ class _Calls(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and isinstance(args[0], Pretended):
             return _indexed(*args)
+        if func in TO_PYTHON and isinstance(args[0], Pretended):
+            return func(args[0].cpu(), *args[1:])
+        if func in WITHOUT_DRIVER and any(isinstance(t, Pretended) for t in _tensors(args)):
+            return WITHOUT_DRIVER[func](*args, **kwargs)
         if func is torch.Tensor.is_pinned:
             return self.cuda.is_pinned(args[0])
         if func is torch.Tensor.pin_memory:
@@ -477,7 +496,7 @@ def _indexed(tensor: torch.Tensor, index: object, value: object = None) -> torch
     if tensors:
         torch.ops.aten.index_put_(tensor, tensors, value)
     elif isinstance(value, torch.Tensor):
-        tensor.copy_(value)
+        torch.ops.aten.copy_(tensor, value)
     else:
         tensor.fill_(value)
     return None

@@ -5,27 +5,39 @@ Every flag of the parser is in one of the tables here, so a new one has to say w
 
 import io
 import json
-from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import quantize_fp8
 from fp8lib import Fp8Error
-from fp8lib.job import collecting, output_dir, quantizing
+from fp8lib.calibration.second_moments_file import pack
+from fp8lib.checkpoint.directory import open_checkpoint
+from fp8lib.job import output_dir, quantizing
+from fp8lib.job.forward_passes import check_agreement
 from fp8lib.job.ranks import Ranks
 from fp8lib.terminal import Printer, Talk
 
 NAME = "model.layers.0.mlp.down_proj.weight"
+OTHER = "model.layers.1.mlp.down_proj.weight"
+SECOND_ORDER = ("--rounding", "second_order", "--second_moments", "{moments}")
 BYTES = {
     "calib_mode": ((), ("--calib_mode", "max")),
     "rms_factor": ((), ("--rms_factor", "3.0000001")),
     "rms_saturate": ((), ("--rms_saturate",)),
     "calib_percentile": (("--calib_mode", "percentile"), ("--calib_percentile", "99.90000001")),
-    "mse_grid_size": (("--calib_mode", "mse"), ("--mse_grid_size", "127")),
+    "mse_grid_size": (("--calib_mode", "mse", "--scale_format", "bf16"), ("--mse_grid_size", "127")),
+    "scale_format": ((), ("--scale_format", "bf16")),
+    "eligibility": ((), ("--eligibility", "official")),
+    "keep_bf16": ((), ("--keep_bf16", "model.layers.1.*")),
+    "quantize": (("--keep_bf16", "model.layers.1.*"), ("--quantize", "model.layers.0.*")),
+    "rounding": ((), SECOND_ORDER),
+    "second_moments": (SECOND_ORDER, ("--second_moments", "{other moments}")),
+    "damping": (SECOND_ORDER, ("--damping", "0.02")),
     "activation_stats": (("--activation_stats", "{stats}"), ("--activation_stats", "{other stats}")),
     "input_dir": ((), ("--input_dir", "{other input}")),
 }
@@ -42,26 +54,38 @@ OF_A_PROCESS = {"device", "workers", "debug", "quiet", "help", "version"}
 OF_RANK_0 = {"overwrite", "output_dir"}
 """Only rank 0 looks at what is in the output directory; that it is the same one, the lock tells."""
 OTHER_WORK = {"dry_run", "verify_only"}
+COMPARING = {
+    "compare_outputs", "against", "activations", "served", "logits_out",
+    "prompts_file", "no_chat_template", "max_prompt_tokens", "batch_size",
+}  # fmt: skip
+"""Flags of what comes after the verdict; ranks compare them there (`forward_passes.check_agreement`)."""
 
 
 def test_every_flag_is_in_one_of_the_tables() -> None:
-    known = {name.split(" of ")[0] for name in (*BYTES, *RESULTS)} | OF_A_PROCESS | OF_RANK_0 | OTHER_WORK
+    known = {name.split(" of ")[0] for name in (*BYTES, *RESULTS)}
+    known |= OF_A_PROCESS | OF_RANK_0 | OTHER_WORK | COMPARING
     assert {action.dest for action in quantize_fp8.make_parser()._actions} == known
 
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Two inputs that differ in a header, and statistics that differ in a number."""
+    """Two inputs that differ in a header, statistics and second moments that differ in a number."""
     folder = tmp_path_factory.mktemp("agreement")
     found = {}
     for name, rows in (("input", 128), ("other input", 256)):
         found[name] = folder / name.replace(" ", "-")
         found[name].mkdir()
-        save_file({NAME: torch.full((rows, 128), 2.0**-8).bfloat16()}, found[name] / "model.safetensors")
+        weight = torch.full((rows, 128), 2.0**-8).bfloat16()
+        save_file({NAME: weight, OTHER: weight.clone()}, found[name] / "model.safetensors")
         (found[name] / "config.json").write_text('{"model_type": "qwen3_5"}')
     for name, value in (("stats", 1.0), ("other stats", 2.0)):
         found[name] = folder / f"{name.replace(' ', '-')}.json"
         found[name].write_text(json.dumps({NAME: {"input_channel_mean_square": [value] * 128}}))
+    for name, value in (("moments", 1.0), ("other moments", 2.0)):
+        found[name] = folder / f"{name.replace(' ', '-')}.safetensors"
+        packed, tokens = torch.from_numpy(pack(np.eye(128, dtype=np.float32) * value)), torch.tensor([256])
+        module = NAME.removesuffix(".weight")
+        save_file({f"{module}.second_moments": packed, f"{module}.tokens": tokens}, found[name])
     return found
 
 
@@ -137,30 +161,29 @@ def output_dir_of(arguments: Callable) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "word"),
     [
-        ({"ids": [[1, 2], [3, 5]]}, "another prompts"),
-        ({"ids": [[1, 2, 3, 4]]}, "another prompts"),
-        ({"ids": [[3, 4], [1, 2]]}, "another prompts"),
-        ({"batch_size": 4}, "another prompts"),
-        ({"input": "other input"}, "another model"),
+        ({"ids": [[1, 2], [3, 5]]}, "prompts"),
+        ({"ids": [[1, 2, 3, 4]]}, "prompts"),
+        ({"ids": [[3, 4], [1, 2]]}, "prompts"),
+        ({"batch_size": 4}, "flags"),
+        ({"input": "other input"}, "model"),
     ],
     ids=str,
 )
-def test_a_rank_that_would_collect_from_something_else_refuses(
-    changes: dict, words: str, places: dict[str, Path]
+def test_a_rank_that_would_run_something_else_refuses(
+    changes: dict, word: str, places: dict[str, Path]
 ) -> None:
     def check(
         ranks: Ranks, ids: object = ((1, 2), (3, 4)), batch_size: int = 8, input: str = "input"
     ) -> None:
-        plan = collecting.make_plan(collecting.open_checkpoint(places[input]))
-        flags = Namespace(model_dir=places[input], batch_size=batch_size)
-        collecting._check_agreement(flags, plan, [list(row) for row in ids], ranks)
+        checkpoint = open_checkpoint(places[input])
+        check_agreement([checkpoint], [list(row) for row in ids], [batch_size], ranks)
 
     first = First()
     check(first)
     check(Second(first))
-    with pytest.raises(Fp8Error, match=f"rank 1 has {words} than rank 0"):
+    with pytest.raises(Fp8Error, match=f"rank 1 has another {word} than rank 0"):
         check(Second(first), **changes)
 
 

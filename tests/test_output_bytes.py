@@ -51,7 +51,9 @@ def source(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     second = {
         f"{layer}.linear_attn.in_proj_qkv.weight": weight(640, 256),
         f"{layer}.linear_attn.in_proj_z.weight": weight(256, 256),
+        # Kept for where they are; both, as engines fuse the two.
         "model.visual.layers.0.mlp.gate_proj.weight": weight(128, 128),
+        "model.visual.layers.0.mlp.up_proj.weight": weight(128, 128),
     }
     for i, (name, kind) in enumerate(KEPT_AS_THEY_ARE.items()):
         values = torch.randint(0, 2, (i + 1,), generator=generator)

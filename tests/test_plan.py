@@ -99,6 +99,11 @@ def test_one_member_that_engines_cannot_serve_keeps_its_group_and_nothing_else(
     spoiled, sound = PREFIXES[0], PREFIXES[0].replace("0", "1")
     entries = layer(spoiled) | layer(sound)
     entries[f"{spoiled}.{member}.weight"] = ("BF16", SPOILED[how])
+    if how == "one dimension" and group not in ALONE:
+        # It is no Linear and cannot be listed, so vLLM would take the rest of its parameter for FP8.
+        with pytest.raises(Fp8Error, match=r"only in part in modules_to_not_convert"):
+            plan_of(tmp_path, entries)
+        return
     plan = plan_of(tmp_path, entries)
     partial_rows = how == "192 rows" and group in ALONE
     expected = set() if partial_rows else {f"{spoiled}.{m}" for m in GROUPS[group]}
@@ -139,8 +144,8 @@ def test_experts_that_engines_cannot_serve_stay_as_they_are_in_their_layer_alone
     plan = plan_of(tmp_path, entries)
     assert kept(plan) == odd.keys()
     assert quantized(plan) == layer(spoiled).keys() | single_experts(sound)
-    modules = {name.removesuffix(".weight") for name in odd if name.endswith(".weight")}
-    assert set(plan.modules_to_not_convert) == modules | {f"{spoiled}.mlp.experts"}
+    # One entry for all experts: it is a prefix for vLLM and transformers, a part of each name for SGLang.
+    assert plan.modules_to_not_convert == (f"{spoiled}.mlp.experts",)
 
 
 # --- names -------------------------------------------------------------------------------------
@@ -164,31 +169,50 @@ LOOK_ALIKES = (
     "model.layers.0.self_attn.q_proj.bias",
     "model.layers.0.self_attn.q_proj",
     "model.layers.0.mlp.gate.weight",
-    "model.layers.0.mlp.shared_expert.gate_proj.weight",
     "model.layers.0.mlp.shared_expert_gate.weight",
     "model.layers.0.mlp.experts.x.gate_proj.weight",
     "model.layers.0.mlp.experts.0.gate_proj.bias",
     "model.layers.0.mlp.experts.gate_up_proj.weight",
     "model.layers.0.linear_attn.in_proj_a.weight",
     "model.layers.0.linear_attn.in_proj_ba.weight",
-    "model.layers.0.linear_attn.out_proj.weight",
     "model.embed_tokens.weight",
     "lm_head.weight",
     "mtp.fc.weight",
 )
 
 
+BESIDE = (*GROUPS.values(), ("linear_attn.in_proj_a", "linear_attn.in_proj_b"))
+
+
+def with_partners(name: str) -> set[str]:
+    """A weight and those that engines load into one parameter with it: they must be kept together."""
+    for members in BESIDE:
+        for member in members:
+            if name.endswith(f".{member}.weight"):
+                return {f"{name.removesuffix(f'{member}.weight')}{other}.weight" for other in members}
+    return {name}
+
+
 @pytest.mark.parametrize("name", LOOK_ALIKES)
 def test_a_name_that_only_looks_like_a_quantized_one_is_kept(name: str, tmp_path: Path) -> None:
     shape = (2, 256, 256) if name.endswith(("gate_up_proj", "experts.down_proj")) else (256, 256)
-    entries = {name: ("BF16", shape)} | layer("model.layers.7")
-    plan = plan_of(tmp_path, entries)
-    assert kept(plan) == {name}
+    names = with_partners(name)
+    plan = plan_of(tmp_path, dict.fromkeys(names, ("BF16", shape)) | layer("model.layers.7"))
+    assert kept(plan) == names
     assert quantized(plan) == layer("model.layers.7").keys()
-    listed = [name.removesuffix(".weight")] if name.endswith(".weight") else []
-    assert list(plan.modules_to_not_convert) == listed
+    listed = {each.removesuffix(".weight") for each in names if each.endswith(".weight")}
+    assert set(plan.modules_to_not_convert) == listed
     # Calibration, which asks the rules about names alone, sees nothing to record in it.
     assert (fusion_group(name), fused_experts_part(name), one_expert_part(name)) == (None, None, None)
+
+
+def test_modules_of_the_official_set_are_kept_whole_by_default(tmp_path: Path) -> None:
+    shared = {f"model.layers.0.mlp.shared_expert.{part}_proj.weight" for part in ("gate", "up", "down")}
+    names = {"model.layers.0.linear_attn.out_proj.weight", *shared}
+    plan = plan_of(tmp_path, dict.fromkeys(names, ("BF16", (256, 256))) | layer("model.layers.7"))
+    assert kept(plan) == names
+    assert set(plan.modules_to_not_convert) == {name.removesuffix(".weight") for name in names}
+    assert all(fusion_group(name) for name in names)  # calibration records their inputs for the other set
 
 
 @pytest.mark.parametrize(

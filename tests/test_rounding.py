@@ -14,11 +14,12 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
 import forked
-from calibration_runs import plan_of
 from conftest import SCRIPT, Result
 from forked import At
 from fp8lib.calibration.second_moments_file import MOMENTS, SecondMoments, inputs_of, pack
 from fp8lib.calibration.second_moments_writer import SecondMomentsWriter, expert_input
+from fp8lib.checkpoint.directory import open_checkpoint
+from fp8lib.checkpoint.plan import Plan, make_plan
 from fp8lib.numerics.e4m3 import quantize
 from fp8lib.numerics.modes import Calibration
 from fp8lib.numerics.scales import block_scales
@@ -29,6 +30,10 @@ from test_second_order import moments as correlated
 
 SMALL = {"num_hidden_layers": 1, "hidden_size": 128, "num_experts": 4, "num_experts_per_tok": 1, "shards": 2}
 MANIFEST = "fp8_quantization.json"
+
+
+def plan_of(folder: Path) -> Plan:
+    return make_plan(open_checkpoint(folder))
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +185,7 @@ def test_a_killed_run_is_continued_to_the_same_bytes_by_the_same_flags_alone(
 ) -> None:
     output = tmp_path / "out"
     flags = ("--input_dir", source, "--output_dir", output, "--verify_samples", "all", *second(moments))
-    assert forked.run(*flags, at=At("rename", 3, do="kill")).rc < 0
+    assert forked.run(*flags, at=At("rename", 3, MANIFEST)).rc < 0
     assert not (output / "config.json").exists()
     finished = json.loads((output / MANIFEST).read_text())["shards"]
     assert 0 < len(finished) <= 2

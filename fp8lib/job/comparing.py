@@ -4,6 +4,7 @@ Everything that can be refused is refused before quantizing begins; what is comp
 is there at the end. The only file that is written is the one of --logits_out, at the very end.
 """
 
+import json
 import os
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -311,7 +312,6 @@ def _is_logits(path: Path) -> bool:
 def _write_logits(flags: Namespace, record: "Record") -> None:
     from safetensors.numpy import save
 
-    metadata = {"reference": str(flags.input_dir), "model1": str(flags.output_dir)}
-    if flags.against is not None:
-        metadata["model2"] = str(flags.against)
-    write_file(flags.logits_out, save(record.results, metadata))
+    directories = [str(d) for d in (flags.input_dir, flags.output_dir, flags.against) if d is not None]
+    # One entry: safetensors writes several in any order, and the same comparison is to give the same bytes.
+    write_file(flags.logits_out, save(record.results, {"models": json.dumps(directories)}))

@@ -94,8 +94,8 @@ def _structure(finished: bool, damaged: Sequence[str]) -> str:
     """What to make of problems."""
     if damaged and finished:
         return (
-            "Codes or scales are not what rounding gives. Do not deploy it. The files are damaged, or not made "
-            f"from this --input_dir. Copy or write again: {_listed(damaged)}."
+            "Codes or scales are not what rounding gives. Do not deploy it. The files are damaged, or not "
+            f"made from this --input_dir. Copy or write again: {_listed(damaged)}."
         )
     if damaged:
         return (

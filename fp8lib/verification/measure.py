@@ -14,9 +14,9 @@ The first four twice: for the weights as they are in the file, and as an engine 
 requantizes them (`numerics/served.py`).
 
 `bulk_error` is what outliers cannot hide. One weight of 1e5 in a block leaves all others zero, and the
-tensor's cosine at 1.000000. The block's cosine without its largest weight would show that, but not with two such
-weights, nor with a channel of them; its smaller half is free of them, wherever they are. Faint weights alarm
-nobody by themselves: most of the half's energy is that of weights near the median.
+tensor's cosine at 1.000000. The block's cosine without its largest weight would show that, but not with two
+such weights, nor with a channel of them; its smaller half is free of them, wherever they are. Faint weights
+alarm nobody by themselves: most of the half's energy is that of weights near the median.
 
 And what is exact is compared exactly: codes with what rounding to nearest gives, scales with what choosing
 them again gives. `sums.py` does the sums.
