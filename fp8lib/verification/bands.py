@@ -178,6 +178,7 @@ def judge_tensor(m: Measurement, bands: Bands = BANDS) -> Judgement:
         max(zones[name] for name in absolute) is not Zone.GOOD
         and all(zone is Zone.GOOD for name, zone in zones.items() if name not in absolute)
         and as_good_as_best
+        and math.isfinite(m.mean_abs)
         and OF_LARGEST_ERROR * m.max_abs <= m.amax
     )
     if large:
