@@ -84,11 +84,15 @@ def by_definition(weights: torch.Tensor, calibration: Calibration) -> tuple[floa
 
 
 @pytest.mark.parametrize("scale_format", SCALE_FORMATS)
-@pytest.mark.parametrize("mode", ["rms", "percentile"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "mode"), [(torch.bfloat16, "percentile"), *((dtype, "rms") for dtype in DTYPES)], ids=str
+)
 @pytest.mark.parametrize("make", WEIGHTS, ids=lambda make: make.__name__)
 def test_figures_are_those_of_their_definitions(make, dtype: torch.dtype, mode: str, scale_format: str):
-    weights, calibration = make().to(dtype), Calibration(mode, scale_format=scale_format)
+    shape = (
+        (200, 300) if dtype == torch.bfloat16 else (130, 140)
+    )  # brute force tries every magnitude there is
+    weights, calibration = make(shape).to(dtype), Calibration(mode, scale_format=scale_format)
     found, expected = measured(weights, calibration), by_definition(weights, calibration)
     # The search of BF16 scales promises a thousandth where subnormal weights matter, and takes F16 and F32
     # weights for their nearest BF16 to choose: 0.4 % measured. Powers of two leave float32 sums alone.
@@ -214,7 +218,7 @@ def test_counting_gives_what_going_through_the_weights_gives(make, scale_format:
         assert getattr(counted, field) == pytest.approx(getattr(summed, field), rel=1e-6)
 
 
-@pytest.mark.parametrize("power", [-100, -60, 60, 110])
+@pytest.mark.parametrize("power", [-80, -60, 60, 110])
 def test_weights_of_any_size_have_the_same_figures(power: int):
     weights = gaussian().bfloat16()
     codes, scales = quantize_blocks(weights, Calibration())
