@@ -143,6 +143,20 @@ def test_flips_in_headers(finished: Path, problems: Callable) -> None:
             assert problems(), (path, byte, bit)
 
 
+def test_a_manifest_of_an_earlier_version_is_not_damaged(
+    finished: Path, original: Path, tmp_path: Path, cli: Callable
+) -> None:
+    folder = shutil.copytree(finished, tmp_path / "fp8")
+    (folder / "SHA256SUMS").unlink()
+    document = json.loads((folder / "fp8_quantization.json").read_text())
+    for key in ("files", "headers", "sha256"):
+        del document[key]
+    (folder / "fp8_quantization.json").write_text(json.dumps(document))
+    result = cli("--input_dir", original, "--output_dir", folder, "--verify_only")
+    assert result.rc == 0, result.out
+    assert "of an earlier version, which took no checksums" in result.err
+
+
 # --- without a flip ----------------------------------------------------------------------------
 
 

@@ -19,11 +19,24 @@ from fp8lib.job.output_dir import CHECKSUMS
 _AGAIN = "copy the file again"
 
 
+def sound_manifest(folder: Path) -> tuple[Manifest | None, list[str]]:
+    """A directory's manifest, None if it has none or a damaged one, which is told in a line."""
+    try:
+        earlier = manifest.load(folder)
+        # No single flipped bit takes both tables away: without them, an earlier version wrote it.
+        without_digests = earlier and not earlier.files and not earlier.headers
+        if earlier is None or without_digests or not manifest.is_damaged(folder):
+            return earlier, []
+    except Fp8Error:  # it cannot be read at all
+        pass
+    return None, [f"{MANIFEST}: damaged, its own SHA-256 is another; {_AGAIN}, or remove it to do without"]
+
+
 def recorded_problems(earlier: Manifest | None, quantized: Checkpoint, config: dict) -> list[str]:
     """What in a directory is not as the manifest says, one line each.
 
     Args:
-        earlier: its manifest; None if it has none that can be read.
+        earlier: its manifest, None for none; that of an earlier version has no digests.
         quantized: the directory.
         config: the config.json that is expected, as far as the input tells.
 
@@ -31,9 +44,7 @@ def recorded_problems(earlier: Manifest | None, quantized: Checkpoint, config: d
         Fp8Error: a file cannot be read.
     """
     found, folder = [], quantized.root
-    if os.path.lexists(folder / MANIFEST) and (earlier is None or manifest.is_damaged(folder)):
-        found.append(f"{MANIFEST}: damaged, its own SHA-256 is another; {_AGAIN}, or remove it to do without")
-    if earlier is None:
+    if earlier is None or not earlier.headers:
         return found
     for name, digest in earlier.files.items():
         if name not in (CONFIG, INDEX):

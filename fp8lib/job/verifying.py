@@ -46,11 +46,11 @@ def verify_only(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
     moments = open_moments(flags, weights)
     settings = settings_for(flags, None, ranks, moments)
     pairings = pair_directories(original, quantized)
-    earlier = None
-    with suppress(Fp8Error):  # another tool's, or damaged, which is told below
-        earlier = manifest.load(flags.output_dir)
+    earlier, damaged = recorded.sound_manifest(flags.output_dir)
     if earlier and not earlier.made_from(original.shards):
         talk.warn(f"by its {manifest.MANIFEST}, {printable(flags.output_dir)} was not made from this input")
+    if earlier and not earlier.headers:
+        talk.warn(f"its {manifest.MANIFEST} is of an earlier version, which took no checksums")
     listed, unreadable = recorded.listed_digests(flags.output_dir)
     known = earlier if earlier and earlier.made_from(original.shards) else None
     claim = claims.of_manifest(flags, settings, moments, known, (p for each in pairings for p in each.pairs))
@@ -58,7 +58,7 @@ def verify_only(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
     if not ranks.is_main:
         work_for_main(flags, ranks, settings, work)
         return agree(ranks, None)
-    others = unreadable + _other_problems(talk, original, quantized, earlier)
+    others = damaged + unreadable + _other_problems(talk, original, quantized, earlier)
     results: dict[str, ShardResult] = {}
     work_and_gather(
         flags, ranks, settings, work, len(work), 0, lambda result: results.update({result.name: result})

@@ -7,6 +7,7 @@ the input's values, rounded to the other dtype as any cast does, are what must b
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 
+import numpy as np
 import torch
 
 from fp8lib.checkpoint.headers import ITEM_SIZE
@@ -68,7 +69,7 @@ def _different(kept: Kept, source: torch.Tensor, output: torch.Tensor) -> int:
     before, after = kept.source.dtype, kept.output.dtype
     if before != after:
         source = source.view(DTYPES[before]).to(DTYPES[after]).view(torch.uint8)
-    if torch.equal(source, output):
+    if np.array_equal(source.numpy(), output.numpy()):  # torch.equal takes five times as long over bytes
         return 0
     size = ITEM_SIZE[after]
     return int((source.view(-1, size) != output.view(-1, size)).any(1).sum())
