@@ -4,6 +4,7 @@ from argparse import Namespace
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from fp8lib import Fp8Error, __version__
 from fp8lib.calibration.statistics_file import Statistics
@@ -12,7 +13,9 @@ from fp8lib.job.manifest import Manifest
 from fp8lib.job.rounding import SecondMomentsUse
 from fp8lib.numerics.modes import Calibration
 from fp8lib.verification.claim import Claim, are_powers_of_two
-from fp8lib.verification.pairing import Pair
+
+if TYPE_CHECKING:
+    from fp8lib.verification.pairing import Pair
 
 
 def of_run(flags: Namespace, settings) -> Claim:
@@ -25,7 +28,7 @@ def of_manifest(
     settings,
     moments: SecondMomentsUse | None,
     earlier: Manifest | None,
-    pairs: Iterable[Pair],
+    pairs: "Iterable[Pair]",
 ) -> Claim:
     """Of a finished directory.
 

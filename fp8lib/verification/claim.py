@@ -10,10 +10,11 @@ from fp8lib import Fp8Error
 from fp8lib.checkpoint.headers import ITEM_SIZE
 from fp8lib.checkpoint.untrusted import open_regular, printable
 from fp8lib.numerics.blocks import blocks
-from fp8lib.verification.pairing import Pair
 
 if TYPE_CHECKING:
     import torch
+
+    from fp8lib.verification.pairing import Pair
 
 _FRACTION = {"BF16": ("<u2", 0x7F), "F16": ("<u2", 0x3FF), "F32": ("<u4", 0x7FFFFF)}
 
@@ -33,7 +34,7 @@ class Claim:
     scales: "Callable[[str, torch.Tensor], torch.Tensor] | None" = None
 
 
-def are_powers_of_two(pairs: Iterable[Pair]) -> bool:
+def are_powers_of_two(pairs: "Iterable[Pair]") -> bool:
     """Whether all scales of some FP8 weights are, by their bits; reads them until one is not.
 
     Raises:
