@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fp8lib import Fp8Error
 from fp8lib.checkpoint.headers import Shard, read_shard
+from fp8lib.checkpoint.mistaken import mistake
 from fp8lib.checkpoint.rules import SUPPORTED_MODEL_TYPES
 from fp8lib.checkpoint.untrusted import MAX_TENSORS, is_text, printable, read_json, resolve_inside, why
 
@@ -63,8 +64,8 @@ def open_checkpoint(root: Path) -> Checkpoint:
     Raises:
         Fp8Error: it is not a complete checkpoint of a supported model type; says which file and why.
     """
-    if not root.is_dir():
-        raise Fp8Error(f"{printable(root)}: no such directory; check the path")
+    if wrong := mistake(root):
+        raise Fp8Error(f"{printable(root)}: {wrong}")
     config = _read_config(root)
     names, weight_map, strays = _shard_names(root)
     shards = _read_shards(root, names)
@@ -82,16 +83,28 @@ def require_supported(config: dict, root: Path) -> None:
     Raises:
         Fp8Error: either of the two.
     """
+    require_model_type(config, root)
     path = printable(root / CONFIG)
+    for section in (config, config.get("text_config")):
+        if isinstance(section, dict) and section.get("quantization_config") is not None:
+            raise Fp8Error(
+                f"{path}: already quantized (quantization_config); give the BF16 original, "
+                "or make one with --dequantize"
+            )
+
+
+def require_model_type(config: dict, root: Path) -> None:
+    """Refuse a model type that the rules do not know.
+
+    Raises:
+        Fp8Error: names those they do.
+    """
     model_type = config.get("model_type")
     if model_type not in SUPPORTED_MODEL_TYPES:
         raise Fp8Error(
-            f"{path}: model_type {printable(model_type)!r} is not supported; "
+            f"{printable(root / CONFIG)}: model_type {printable(model_type)!r} is not supported; "
             f"supported are {', '.join(SUPPORTED_MODEL_TYPES)}"
         )
-    for section in (config, config.get("text_config")):
-        if isinstance(section, dict) and section.get("quantization_config") is not None:
-            raise Fp8Error(f"{path}: already quantized (quantization_config); give the BF16 original")
 
 
 def _read_config(root: Path) -> dict:

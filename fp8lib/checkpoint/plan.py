@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fp8lib import Fp8Error, __version__
+from fp8lib.checkpoint.adapters import Adapters
 from fp8lib.checkpoint.directory import CONFIG, INDEX, Checkpoint, require_supported
 from fp8lib.checkpoint.experts import check_experts
 from fp8lib.checkpoint.headers import Tensor
@@ -40,6 +41,7 @@ class Plan:
         kept: tensors that keep their bytes.
         modules_to_not_convert: as config.json lists them.
         notes: what a user should know of the selection, one line each.
+        adapters: what is merged before quantizing; `merged_plan.with_adapters` gives it.
     """
 
     checkpoint: Checkpoint
@@ -47,7 +49,8 @@ class Plan:
     shards: tuple[ShardPlan, ...]
     kept: tuple[Kept, ...]
     modules_to_not_convert: tuple[str, ...]
-    notes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    adapters: Adapters | None = None
 
     @property
     def matrices(self) -> Iterator[Matrix]:
@@ -60,6 +63,9 @@ class Plan:
     def config(self) -> dict:
         """config.json of the output."""
         config = self.checkpoint.config
+        producer: dict[str, object] = {"name": "quantize_fp8", "version": __version__}
+        if self.adapters:
+            producer["adapters"] = list(self.adapters.fingerprints)
         return {
             **(_in_bfloat16(config) if self.selection.kept_dtype else config),
             "quantization_config": {
@@ -68,7 +74,7 @@ class Plan:
                 "activation_scheme": "dynamic",
                 "weight_block_size": [BLOCK, BLOCK],
                 "modules_to_not_convert": list(self.modules_to_not_convert),
-                "producer": {"name": "quantize_fp8", "version": __version__},
+                "producer": producer,
             },
         }
 
@@ -132,7 +138,7 @@ def make_plan(checkpoint: Checkpoint, selection: Selection | None = None) -> Pla
         if selection.kept_dtype and t.dtype in ("F32", "F16") and not keeps_precision(t.name)
     }
     shards = tuple(plan_shard(shard, kept_names, rounded) for shard in checkpoint.shards)
-    _check_output_names(shards)
+    check_output_names(shards)
     listed = _modules_to_not_convert(checkpoint, kept)
     plan = Plan(checkpoint, selection, shards, tuple(kept), listed, decision.notes)
     if found := mismatches(plan.outputs(), plan.config()):
@@ -162,7 +168,12 @@ def _why_kept(tensor: Tensor, kept_groups: dict[str, str]) -> str | None:
     return reason_kept(tensor.name) if group is None else kept_groups.get(group)
 
 
-def _check_output_names(shards: tuple[ShardPlan, ...]) -> None:
+def check_output_names(shards: tuple[ShardPlan, ...]) -> None:
+    """Refuse an output that would hold a name twice.
+
+    Raises:
+        Fp8Error: names it.
+    """
     seen: set[str] = set()
     for shard in shards:
         for output in shard.outputs():

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from fp8lib import Fp8Error, __version__
 from fp8lib.calibration.statistics_file import Statistics
+from fp8lib.checkpoint.adapters import Adapters
+from fp8lib.checkpoint.directory import Checkpoint
 from fp8lib.job import rounding
 from fp8lib.job.manifest import Manifest
 from fp8lib.job.rounding import SecondMomentsUse
@@ -21,6 +23,12 @@ if TYPE_CHECKING:
 def of_run(flags: Namespace, settings) -> Claim:
     """Of the run itself, which has chosen the scales by `streaming.shard_job.Settings`."""
     return Claim(flags.calibration.powers_of_two, nearest=True, scales=settings.convert.scales)
+
+
+def applies(earlier: Manifest, original: Checkpoint, adapters: Adapters | None) -> bool:
+    """Whether a manifest is about this input and these adapters, so that what it says holds for them."""
+    merged = adapters and list(adapters.fingerprints)
+    return earlier.made_from(original.shards) and earlier.settings.get("adapters") == merged
 
 
 def of_manifest(

@@ -1,6 +1,8 @@
 """The last lines of a run: where the output is, how large, how long it took, and how to serve it."""
 
+import math
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -29,13 +31,19 @@ def print_ending(folder: Path, plan: Plan, found: Findings, verdict: Zone, secon
     before = sum(shard.source.size for shard in plan.shards)
     sizes = f"{size(before)} -> {size(plan.output_bytes())}"
     lines = [f"{printable(folder)}: {sizes} in {_duration(seconds)}"]
+    columns = shutil.get_terminal_size().columns if sys.stderr.isatty() else math.inf
     commands = serving_commands(found.loading, shlex.quote(printable(folder)))
     if commands and verdict is not Zone.FAIL:
         lines += [
             f"To serve it on GPUs of {size(GPU_BYTES).replace('.0', '')}:",
-            *(f"  {c}" for c in commands),
+            *(_fitted(f"  {command}", columns) for command in commands),
         ]
     print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+def _fitted(command: str, columns: float) -> str:
+    """A command in one line, or its flags in lines of their own where the terminal is too narrow."""
+    return command if len(command) <= columns else command.replace(" --", " \\\n      --")
 
 
 def _duration(seconds: float) -> str:

@@ -10,6 +10,7 @@ import hashlib
 import math
 import os
 import re
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -105,9 +106,10 @@ class Manifest:
         """The first thing that keeps a run from continuing another, in words, or None."""
         if self.version != other.version:
             return f"it was begun by version {printable(other.version)}, this is {self.version}"
-        for key, value in self.settings.items():
-            if other.settings.get(key) != value:
-                return f"it was begun with {key} {printable(other.settings.get(key))}, now {value}"
+        for key in other.settings | self.settings:
+            was, now = other.settings.get(key), self.settings.get(key)
+            if was != now:
+                return f"it was begun with {printable(key)} {printable(was)}, now {now}"
         for name in sorted(self.inputs.keys() | other.inputs.keys()):
             if self.inputs.get(name) != other.inputs.get(name):
                 return f"input shard {printable(name)} has changed since it was begun"
@@ -115,6 +117,15 @@ class Manifest:
             was = "come to" if changed[0] in self.extra_files else "gone from"
             return f"{printable(changed[0])} has {was} the input since it was begun"
         return None
+
+
+def date_of(folder: Path) -> str:
+    """When a directory's shards were last written or verified, in local time.
+
+    It is the time of the manifest's file. In the file it would make directories differ that are the same.
+    """
+    written = (folder / MANIFEST).stat().st_mtime
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(written))
 
 
 def load(folder: Path) -> Manifest | None:

@@ -20,9 +20,10 @@ from fp8lib.checkpoint.directory import CONFIG, INDEX
 from fp8lib.checkpoint.plan import Plan, to_json
 from fp8lib.checkpoint.tensor_parallel import tensor_parallel
 from fp8lib.checkpoint.untrusted import printable
-from fp8lib.job import checksums, manifest, output_dir, recorded, rounding
+from fp8lib.job import checksums, dequantizing, manifest, output_dir, recorded, rounding
 from fp8lib.job.ending import print_ending
 from fp8lib.job.manifest import Manifest, ShardResult
+from fp8lib.job.progress import Progress
 from fp8lib.job.ranks import Ranks
 from fp8lib.job.run import (
     agree,
@@ -54,21 +55,15 @@ def quantize(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
     todo = None if ranks.is_main else Todo(**ranks.wait_for("todo"))
     plan, statistics, covered = plan_for(flags, talk)
     moments = rounding.moments_for(flags, plan, talk)
-    settings = settings_for(flags, statistics, ranks, moments)
-    decisive = _settings(flags, statistics, moments)
+    settings = settings_for(flags, statistics, ranks, moments, plan.adapters)
+    decisive = _settings(flags, plan, statistics, moments)
     terms = _terms(flags, plan, decisive)
     if todo is not None:
         _check_agreement(flags, terms, todo.terms, ranks)
         work_for_main(flags, ranks, settings, _work(flags, plan, ranks, settings, todo))
         return agree(ranks, None)
 
-    mine = Manifest(
-        settings=decisive,
-        inputs={s.name: manifest.identity(s) for s in plan.checkpoint.shards},
-        extra_files=[p.as_posix() for p in plan.checkpoint.extra_files],
-        files={name: hashlib.sha256(data).hexdigest() for name, data in _written_last(plan).items()},
-        headers=recorded.header_digests(plan),
-    )
+    mine = _manifest(plan, decisive)
     state = output_dir.inspect(flags.output_dir, plan, mine, flags.overwrite)
     samples = 0 if flags.skip_verify else flags.verify_samples
     measured = sum(len(s.matrices[:samples]) for s in plan.shards)
@@ -78,7 +73,9 @@ def quantize(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
         state = output_dir.inspect(flags.output_dir, plan, mine, flags.overwrite)
         results, todo = _resume(flags, plan, state, mine, terms)
         output_dir.prepare(flags.output_dir, state, complete=not todo.quantize)
-        journal = _Journal(mine, flags)
+        if state.manifest:
+            _say_what_is_kept(flags, talk, plan, todo)
+        journal = _Journal(mine, flags, state.manifest)
         journal.save()
 
         def record(result: ShardResult) -> None:
@@ -88,16 +85,28 @@ def quantize(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
 
         ranks.publish("todo", asdict(todo))
         work = _work(flags, plan, ranks, settings, todo)
-        total = sum(s.input_bytes for s in plan.shards if s.name in todo.quantize)
-        work_and_gather(flags, ranks, settings, work, todo.count, total, record)
+        work_and_gather(flags, ranks, settings, work, _progress(flags, plan, todo), record)
         journal.save()
         _finish(flags, plan, results)
     ordered = [results[s.name] for s in plan.shards]
+    if flags.dequantize:
+        return agree(ranks, dequantizing.summarize(flags, talk, plan, ordered))
     found = _findings(flags, plan, ordered, covered, moments)
     verdict = summarize(flags, talk, found)
-    if not flags.quiet:
+    if todo.quantize and not flags.quiet:
         print_ending(flags.output_dir, plan, found, verdict, time.monotonic() - begun)
     return agree(ranks, verdict)
+
+
+def _manifest(plan: Plan, decisive: dict) -> Manifest:
+    """Of a run that has finished no shard yet."""
+    return Manifest(
+        settings=decisive,
+        inputs={s.name: manifest.identity(s) for s in plan.checkpoint.shards},
+        extra_files=[p.as_posix() for p in plan.checkpoint.extra_files],
+        files={name: hashlib.sha256(data).hexdigest() for name, data in _written_last(plan).items()},
+        headers=recorded.header_digests(plan),
+    )
 
 
 def _findings(
@@ -120,6 +129,7 @@ def _findings(
         loading=tensor_parallel(plan.outputs(), plan.config()),
         damaged=[r.name for r in ordered if r.damaged],
         looked_at=sum(r.looked_at for r in ordered) / sum(s.size for s in plan.shards),
+        adapters=plan.adapters.fingerprints if plan.adapters else (),
     )
 
 
@@ -131,9 +141,10 @@ class _Journal:
     shard is verified again.
     """
 
-    def __init__(self, mine: Manifest, flags: Namespace) -> None:
+    def __init__(self, mine: Manifest, flags: Namespace, on_disk: Manifest | None) -> None:
         self._manifest, self._flags = mine, flags
-        self._saved, self._not_before = False, 0.0
+        # Not written again where nothing has changed: its time tells when the shards were verified.
+        self._saved, self._not_before = mine == on_disk, 0.0
 
     def record(self, result: ShardResult) -> ShardResult:
         """Record a result; returns it with the checksums that an earlier one of that shard had."""
@@ -182,21 +193,26 @@ class Todo:
 
 
 def _settings(
-    flags: Namespace, statistics: Statistics | None, moments: rounding.SecondMomentsUse | None
+    flags: Namespace, plan: Plan, statistics: Statistics | None, moments: rounding.SecondMomentsUse | None
 ) -> dict:
     """The flags that decide bytes, as the manifest keeps them."""
-    return {
+    if flags.dequantize:
+        return {"dequantize": flags.expert_layout}
+    settings = {
         "calibration": str(flags.calibration),
         "activation_stats": statistics.sha256 if statistics else None,
         **flags.selection.settings(),
         **rounding.settings(moments),
     }
+    return settings | ({"adapters": list(plan.adapters.fingerprints)} if plan.adapters else {})
 
 
 def _verification(flags: Namespace) -> dict | None:
     """How shards are verified, as the manifest keeps it."""
     if flags.skip_verify:
         return None
+    if flags.dequantize:
+        return {"codes": "all"}
     samples = "all" if flags.verify_samples is None else flags.verify_samples
     return {"samples": samples, "seed": flags.seed}
 
@@ -213,8 +229,8 @@ def _terms(flags: Namespace, plan: Plan, decisive: dict) -> dict:
 
 def _check_agreement(flags: Namespace, mine: dict, theirs: dict, ranks: Ranks) -> None:
     """Refuse, on a rank other than 0, another input, other flags or another output directory."""
-    for key, value in mine.items():
-        if value != theirs[key]:
+    for key in mine | theirs:
+        if mine.get(key) != theirs.get(key):
             raise Fp8Error(
                 f"{printable(flags.input_dir)}: rank {ranks.rank} has other {key.replace('_', ' ')} "
                 "than rank 0; give all machines the same files and flags"
@@ -255,6 +271,23 @@ def _resume(
     return results, todo
 
 
+def _say_what_is_kept(flags: Namespace, talk: Talk, plan: Plan, todo: Todo) -> None:
+    """What an earlier run has done already."""
+    if not todo.count:
+        done = "finished" if flags.skip_verify else "checked"
+        verdict = "" if flags.skip_verify else ", this is the earlier verdict"
+        talk.warn(f"nothing to do{verdict}, {done} on {manifest.date_of(flags.output_dir)}")
+    elif kept := len(plan.shards) - len(todo.quantize):
+        again = f", {len(todo.verify)} of them to be verified" if todo.verify else ""
+        talk.warn(f"{kept} of {len(plan.shards)} shards are there from an earlier run and kept{again}")
+
+
+def _progress(flags: Namespace, plan: Plan, todo: Todo) -> Progress:
+    total = sum(s.input_bytes for s in plan.shards if s.name in todo.quantize)
+    total += sum(s.size for s in plan.shards if s.name in todo.verify)
+    return Progress(total, [s.name for s in plan.shards], todo.count, todo.verify, flags.quiet)
+
+
 def _work(flags: Namespace, plan: Plan, ranks: Ranks, settings, todo: Todo) -> list:
     """Everything there is to do, the same list on every rank."""
     from fp8lib.streaming.scheduler import ToCheck
@@ -266,7 +299,7 @@ def _work(flags: Namespace, plan: Plan, ranks: Ranks, settings, todo: Todo) -> l
         name, path = shard.name, flags.output_dir / shard.name
         hashed = path if name in todo.hash else None
         sums = Sums(*todo.sums[name]) if name in todo.sums else None
-        units.append(ToCheck(name, shard.size, check and check(shard, path), shard.source, hashed, sums))
+        units.append(ToCheck(name, shard.size, check and check(shard, path), shard.sources, hashed, sums))
     return units
 
 

@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING
 
 from fp8lib import Fp8Error
 from fp8lib.calibration.statistics_file import Statistics
+from fp8lib.checkpoint.adapters import Adapters, open_adapters
+from fp8lib.checkpoint.dequantize_plan import make_dequantize_plan
 from fp8lib.checkpoint.directory import open_checkpoint
 from fp8lib.checkpoint.layout import ShardPlan
+from fp8lib.checkpoint.merged_plan import with_adapters
 from fp8lib.checkpoint.plan import Plan, make_plan
 from fp8lib.checkpoint.rules import keeps_precision
 from fp8lib.checkpoint.untrusted import printable
@@ -45,7 +48,7 @@ def run(flags: Namespace, talk: Talk) -> Zone:
     Raises:
         Fp8Error: refused or failed, on every rank. No config.json is left in the output directory.
     """
-    from fp8lib.job import comparing, quantizing, verifying
+    from fp8lib.job import comparing, dequantizing, quantizing, verifying
 
     ranks = Ranks()
     if not ranks.is_main:
@@ -55,7 +58,8 @@ def run(flags: Namespace, talk: Talk) -> Zone:
     try:
         inputs = comparing.prepare(flags, ranks) if flags.compare_outputs and ranks.is_main else None
         if flags.verify_only:
-            verdict = verifying.verify_only(flags, talk, ranks)
+            verify = dequantizing.verify_only if flags.dequantize else verifying.verify_only
+            verdict = verify(flags, talk, ranks)
         elif flags.dry_run:
             verdict = _dry_run(flags, talk, ranks)
         else:
@@ -82,17 +86,23 @@ def plan_for(flags: Namespace, talk: Talk) -> tuple[Plan, Statistics | None, int
         Fp8Error: everything that headers and flags can refuse.
     """
     checkpoint = open_checkpoint(flags.input_dir)
-    plan = make_plan(checkpoint, flags.selection)
+    if flags.dequantize:
+        plan: Plan = make_dequantize_plan(checkpoint, flags.expert_layout)
+    else:
+        plan = make_plan(checkpoint, flags.selection)
+    if flags.lora_dir:
+        plan = with_adapters(plan, open_adapters(flags.lora_dir, checkpoint))
     for note in plan.notes:
         talk.warn(note)
     for name in checkpoint.unused:
         talk.warn(f"{printable(name)} is not in the index and is left out")
     for name in checkpoint.strays:
         talk.warn(f"{printable(name)} belongs to no model and is left out")
-    _note_kept_dtype(plan, talk)
+    if not flags.dequantize and not flags.lora_dir:
+        _note_kept_dtype(plan, talk)
     if flags.output_dir is not None:
         output_dir.check_location(flags.input_dir, flags.output_dir)
-    if flags.activation_stats is None:
+    if flags.activation_stats is None or flags.dequantize:
         return plan, None, None
     statistics = Statistics(flags.activation_stats)
     covered = statistics.check((m.weight.name, m.columns) for m in plan.matrices)
@@ -122,8 +132,9 @@ def _note_kept_dtype(plan: Plan, talk: Talk) -> None:
 def _dry_run(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
     if ranks.is_main:
         plan, _, _ = plan_for(flags, talk)
-        moments_for(flags, plan, talk)
-        dry_run.print_plan(plan, talk.printer)
+        if not flags.dequantize:
+            moments_for(flags, plan, talk)
+        (dry_run.print_restoring if flags.dequantize else dry_run.print_plan)(plan, talk.printer)
     return agree(ranks, Zone.GOOD)
 
 
@@ -139,11 +150,16 @@ def agree(ranks: Ranks, verdict: Zone | None) -> Zone:
 
 
 def settings_for(
-    flags: Namespace, statistics: Statistics | None, ranks: Ranks, moments: SecondMomentsUse | None
+    flags: Namespace,
+    statistics: Statistics | None,
+    ranks: Ranks,
+    moments: SecondMomentsUse | None = None,
+    adapters: Adapters | None = None,
 ):
     """How this rank processes shards: `streaming.shard_job.Settings`."""
     from fp8lib.streaming import devices
     from fp8lib.streaming.convert import Nearest
+    from fp8lib.streaming.merging import AdapterMerge
     from fp8lib.streaming.shard_job import Settings
 
     device = devices.choose_device(flags.device, ranks.local_rank)
@@ -159,6 +175,7 @@ def settings_for(
         workers=flags.workers or devices.default_workers(device, ranks.local_world),
         checksums=flags.checksums,
         readers=devices.default_readers(device, ranks.local_world),
+        merge=AdapterMerge(adapters) if adapters else None,
     )
 
 
@@ -169,7 +186,8 @@ def shard_check(
     name: str,
     pairs: Sequence,
     problems: Sequence[str],
-    **facts,
+    merged: Sequence = (),
+    **facts: object,
 ):
     """The check of one shard that the flags ask for: `verification.shard_check.ShardCheck`.
 
@@ -177,9 +195,18 @@ def shard_check(
     """
     from fp8lib.verification.shard_check import ShardCheck
 
-    factors = getattr(settings.convert, "factors", None)
-    check = ShardCheck(name, tuple(pairs), list(problems), flags.verify_samples, flags.seed, claim, factors)
-    return replace(check, **facts)
+    return ShardCheck(
+        name,
+        tuple(pairs),
+        list(problems),
+        flags.verify_samples,
+        flags.seed,
+        claim,
+        getattr(settings.convert, "factors", None),
+        settings.merge,
+        tuple(merged),
+        **facts,
+    )
 
 
 def planned_check(flags: Namespace, settings) -> Callable | None:
@@ -189,27 +216,28 @@ def planned_check(flags: Namespace, settings) -> Callable | None:
     """
     from fp8lib.streaming.sums import Origin
     from fp8lib.verification.pairing import planned_kept, planned_pairs, structural_problems
+    from fp8lib.verification.restored import RestoredCheck, planned_restored
 
-    if flags.skip_verify:
-        return None
-
-    claim = claims.of_run(flags, settings)
+    claim = None if flags.dequantize else claims.of_run(flags, settings)
 
     def check(plan: ShardPlan, path: Path):
-        kept = planned_kept(plan, path) if flags.verify_samples is None else ()
+        problems, rewritten = structural_problems(plan, path), planned_restored(plan, path)
+        if flags.dequantize:
+            return RestoredCheck(plan.name, rewritten, problems)
         return shard_check(
             flags,
             settings,
             claim,
             plan.name,
             planned_pairs(plan, path),
-            structural_problems(plan, path),
-            kept=kept,
+            problems,
+            rewritten,
+            kept=planned_kept(plan, path) if flags.verify_samples is None else (),
             origin=Origin.of(plan.outputs()),
             header_bytes=len(plan.header),
         )
 
-    return check
+    return None if flags.skip_verify else check
 
 
 def work_for_main(flags: Namespace, ranks: Ranks, settings, work: list) -> None:
@@ -225,8 +253,7 @@ def work_and_gather(
     ranks: Ranks,
     settings,
     work: list,
-    expected: int,
-    total_bytes: int,
+    progress: Progress,
     record: Callable[[ShardResult], None],
 ) -> None:
     """Rank 0's share of the work, and the results of all ranks as they come.
@@ -236,11 +263,10 @@ def work_and_gather(
         ranks: all of them.
         settings: how shards are processed.
         work: units and shards to check, the same list on every rank.
-        expected: shards that will have a final result.
-        total_bytes: input bytes to quantize, for the progress bar.
+        progress: of the shards that will have a final result; closed at the end.
         record: called with every result.
     """
-    with Progress(total_bytes, expected, flags.quiet) as progress:
+    with progress:
 
         def finished(result: ShardResult) -> None:
             record(result)
@@ -261,10 +287,10 @@ def work_and_gather(
                 finished(result)
         # Wait until every rank has either refused or begun. Otherwise a fast rank 0 could end first, and
         # whether the run fails would depend on speed.
-        while progress.done < expected or not ranks.all_at_work():
+        while not (progress.is_done and ranks.all_at_work()):
             progress.show("", ranks.look_again())
             receive()
-        progress.show("", total_bytes)
+        progress.show_all()
 
 
 def _process(flags: Namespace, ranks: Ranks, settings, work: list, on_bytes) -> Iterator[ShardResult]:

@@ -3,11 +3,11 @@
 import os
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from fp8lib import Fp8Error
+from fp8lib.checkpoint.adapters import Adapters, open_adapters
 from fp8lib.checkpoint.directory import CONFIG, Checkpoint, open_checkpoint
 from fp8lib.checkpoint.headers import Tensor
 from fp8lib.checkpoint.matching import mismatches
@@ -16,6 +16,7 @@ from fp8lib.checkpoint.tensor_parallel import tensor_parallel
 from fp8lib.checkpoint.untrusted import printable
 from fp8lib.job import checksums, claims, manifest, recorded
 from fp8lib.job.manifest import Manifest, ShardResult
+from fp8lib.job.progress import Progress
 from fp8lib.job.ranks import Ranks
 from fp8lib.job.rounding import open_moments
 from fp8lib.job.run import agree, settings_for, shard_check, summarize, work_and_gather, work_for_main
@@ -41,27 +42,26 @@ def verify_only(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
     """
     from fp8lib.verification.pairing import pair_directories
 
-    original, quantized = open_checkpoint(flags.input_dir), _open_finished(flags.output_dir)
+    original, quantized = open_checkpoint(flags.input_dir), open_finished(flags.output_dir)
+    adapters = open_adapters(flags.lora_dir, original) if flags.lora_dir else None
     weights = ((name, t.shape[1]) for name, t in _matrices(quantized))
     moments = open_moments(flags, weights)
-    settings = settings_for(flags, None, ranks, moments)
+    settings = settings_for(flags, None, ranks, moments, adapters)
     pairings = pair_directories(original, quantized)
-    earlier, damaged = recorded.sound_manifest(flags.output_dir)
-    if earlier and not earlier.made_from(original.shards):
-        talk.warn(f"by its {manifest.MANIFEST}, {printable(flags.output_dir)} was not made from this input")
-    if earlier and not earlier.headers:
-        talk.warn(f"its {manifest.MANIFEST} is of an earlier version, which took no checksums")
+    earlier, damaged = _earlier_run(flags, talk, original, adapters)
     listed, unreadable = recorded.listed_digests(flags.output_dir)
-    known = earlier if earlier and earlier.made_from(original.shards) else None
+    known = earlier if earlier and claims.applies(earlier, original, adapters) else None
     claim = claims.of_manifest(flags, settings, moments, known, (p for each in pairings for p in each.pairs))
-    work = _work(flags, settings, claim, pairings, earlier, listed)
+    work = _work(flags, settings, claim, pairings, earlier, listed, original, adapters)
     if not ranks.is_main:
         work_for_main(flags, ranks, settings, work)
         return agree(ranks, None)
     others = damaged + unreadable + _other_problems(talk, original, quantized, earlier)
     results: dict[str, ShardResult] = {}
+    names, total = [item.name for item in work], sum(item.size for item in work)
+    progress = Progress(total, names, len(work), quiet=flags.quiet)
     work_and_gather(
-        flags, ranks, settings, work, len(work), 0, lambda result: results.update({result.name: result})
+        flags, ranks, settings, work, progress, lambda result: results.update({result.name: result})
     )
     ordered = [results[item.name] for item in work]
     digests = {r.name: r.sha256 for r in ordered}
@@ -69,7 +69,8 @@ def verify_only(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
     ordered[0] = replace(ordered[0], problems=(*others, *ordered[0].problems))
     if flags.checksums and not any(r.problems for r in ordered):
         checksums.write(flags.output_dir, {name: digest for name, digest in digests.items() if digest})
-    verdict = summarize(flags, talk, _findings(flags, claim, quantized, pairings, ordered, earlier))
+    found = _findings(flags, talk, claim, quantized, pairings, ordered, earlier, adapters)
+    verdict = summarize(flags, talk, found)
     return agree(ranks, verdict)
 
 
@@ -80,14 +81,20 @@ def _work(
     pairings: Sequence,
     earlier: Manifest | None,
     listed: Mapping[str, str],
+    original: Checkpoint,
+    adapters: Adapters | None,
 ) -> list:
     """The shards to check, the same list on every rank."""
     from fp8lib.streaming.scheduler import ToCheck
+    from fp8lib.verification.restored_pairing import pair_merged
 
     work = []
+    changes = adapters.changes if adapters else ()
     for each in pairings:
         shard = each.shard
         as_written = earlier is not None and earlier.headers.get(shard.name) == shard.header_sha256
+        merged = pair_merged(original, shard, changes) if adapters else ()
+        changed = [weight.restored.start for weight in merged]
         check = shard_check(
             flags,
             settings,
@@ -95,7 +102,8 @@ def _work(
             shard.name,
             each.pairs,
             each.problems,
-            kept=each.kept,
+            merged,
+            kept=[kept for kept in each.kept if not any(start in kept.span for start in changed)],
             origin=Origin.of(shard.tensors) if as_written else None,
             header_bytes=shard.size - sum(tensor.nbytes for tensor in shard.tensors),
         )
@@ -131,31 +139,46 @@ def _other_problems(
 
 def _findings(
     flags: Namespace,
+    talk: Talk,
     claim: Claim,
     quantized: Checkpoint,
     pairings: Sequence,
     ordered: list[ShardResult],
     earlier: Manifest | None,
+    adapters: Adapters | None,
 ) -> Findings:
     used = earlier and earlier.settings.get("calibration")
-    # Advice is for the mode that was used, if that is known.
-    calibration = replace(flags.calibration, scale_format="ue8m0" if claim.powers_of_two else "bf16")
-    with suppress(Fp8Error):
-        calibration = Calibration.parse(str(used))
     outputs = [tensor for shard in quantized.shards for tensor in shard.tensors]
     fp8 = sum(len(each.pairs) for each in pairings)
+    merged = len(adapters.changes) if adapters else 0
+    failed = sum(bool(r.problems) for r in ordered)
     return Findings(
-        totals=Totals(len(ordered), sum(bool(r.problems) for r in ordered), fp8, len(outputs) - 2 * fp8),
+        totals=Totals(len(ordered), failed, fp8, len(outputs) - 2 * fp8, merged),
         measurements=[m for r in ordered for m in r.measurements],
         problems=[p for r in ordered for p in r.problems],
-        calibration=calibration,
+        calibration=_calibration(flags, talk, str(used), claim),
         label=f"{printable(used or 'unknown')} (verify only)",
         covered=None,
         loading=tensor_parallel(outputs, quantized.config),
         damaged=[r.name for r in ordered if r.damaged],
         finished=True,
         looked_at=sum(r.looked_at for r in ordered) / sum(s.size for s in quantized.shards),
+        adapters=adapters.fingerprints if adapters else (),
     )
+
+
+def _calibration(flags: Namespace, talk: Talk, used: str, claim: Claim) -> Calibration:
+    """How scales were chosen, as the manifest says it; else as the flags say, and as scales show.
+
+    Advice is for that mode.
+    """
+    try:
+        calibration = Calibration.parse(used)
+    except Fp8Error:
+        return replace(flags.calibration, scale_format="ue8m0" if claim.powers_of_two else "bf16")
+    if flags.calibration not in (calibration, Calibration()):
+        talk.warn(f"scales were chosen by {calibration}; flags that say another mode have no effect")
+    return calibration
 
 
 def _matrices(quantized: Checkpoint) -> Iterator[tuple[str, Tensor]]:
@@ -166,7 +189,34 @@ def _matrices(quantized: Checkpoint) -> Iterator[tuple[str, Tensor]]:
                 yield tensor.name, tensor
 
 
-def _open_finished(folder: Path) -> Checkpoint:
+def _earlier_run(
+    flags: Namespace, talk: Talk, original: Checkpoint, adapters: Adapters | None
+) -> tuple[Manifest | None, list[str]]:
+    """The manifest of the run that wrote the directory, None without a sound one, and a line on damage.
+
+    Says so if the run had another input or other adapters.
+    """
+    earlier, damaged = recorded.sound_manifest(flags.output_dir)
+    if earlier is None:
+        return None, damaged
+    says = f"by its {manifest.MANIFEST}, {printable(flags.output_dir)} was"
+    if not earlier.made_from(original.shards):
+        talk.warn(f"{says} not made from this input")
+    merged = earlier.settings.get("adapters")
+    if merged != (adapters and list(adapters.fingerprints)):
+        how = f"with the adapters {printable(merged)}" if merged else "without adapters"
+        talk.warn(f"{says} made {how}; give the same with --lora_dir, and no others")
+    if not earlier.headers:
+        talk.warn(f"its {manifest.MANIFEST} is of an earlier version, which took no checksums")
+    return earlier, damaged
+
+
+def open_finished(folder: Path) -> Checkpoint:
+    """Open an output directory.
+
+    Raises:
+        Fp8Error: the run that wrote it is not finished or failed, or it is no complete checkpoint.
+    """
     if os.path.lexists(folder / manifest.MANIFEST) and not os.path.lexists(folder / CONFIG):
         raise Fp8Error(
             f"{printable(folder / CONFIG)}: not there, as the run that wrote the rest is not finished "

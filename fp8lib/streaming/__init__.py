@@ -5,6 +5,8 @@ scheduler     hands pieces to threads, sees shards through their stages
 shard_job     one shard under way
 convert       what becomes of the rows of a weight
 second_order  the same with the second moments of its input
+rewrite       rows that are written in the input's precision: turned back from FP8, merged, moved
+merging       what adapters make of rows
 factors       made of second moments once, and kept
 units         how the work is cut up
 lanes         what a worker thread works with: buffers, a stream, threads that read ahead and write behind

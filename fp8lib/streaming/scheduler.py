@@ -32,7 +32,7 @@ class ToCheck:
     Attributes:
         name, size: of the file.
         check: what to do with it, or None.
-        source: the input shard all of it was made from, if that is known.
+        sources: the input shards it was made from, as far as they are known.
         hashed: where it is, to take its digest; None if that is not asked for.
         sums: what its codes and scales add up to, if that is known.
     """
@@ -40,7 +40,7 @@ class ToCheck:
     name: str
     size: int
     check: Check | None
-    source: Shard | None = None
+    sources: tuple[Shard, ...] = ()
     hashed: Path | None = None
     sums: Sums | None = None
 
@@ -71,7 +71,8 @@ class Scheduler:
     Args:
         output: directory of the output.
         settings: how shards are processed.
-        on_bytes: called with (shard's name, input bytes done since the last call).
+        on_bytes: called with (shard's name, bytes done since the last call): of the input, or of the file
+            that is only checked.
         is_last_part: called from the committing thread when a part is durable.
         check: makes the check of a shard that was just completed; None for no checks.
         add_up: adds the sums of one of several parts to the others', and returns those of all so far.
@@ -158,7 +159,7 @@ class Scheduler:
 
     def _start(self, unit: Unit) -> None:
         plan = unit.plan
-        job = ShardJob(plan.name, plan.size, self.settings, source=plan.source, unit=unit)
+        job = ShardJob(plan.name, plan.size, self.settings, sources=plan.sources, unit=unit)
         self.jobs.append(job)
         job.refuse_changed()
         job.open_output(self.output)
@@ -177,7 +178,7 @@ class Scheduler:
                 yield from self._submit_one(job, *task)
 
     def _check_complete(self, item: ToCheck) -> Iterator[Done]:
-        job = ShardJob(item.name, item.size, self.settings, source=item.source, check=item.check)
+        job = ShardJob(item.name, item.size, self.settings, sources=item.sources, check=item.check)
         job.hashed, job.sums = item.hashed, item.sums
         self.jobs.append(job)
         yield from self._check(job)
@@ -216,7 +217,16 @@ class Scheduler:
         job, future, then = self.in_flight.popleft()
         then(future.result())
         job.outstanding -= 1
+        if job.unit is None:
+            self._report(job, job.files.bytes_read(self.output / job.name))
         self._advance(job)
+
+    def _report(self, job: ShardJob, nbytes: int) -> None:
+        """Tell progress how much of a shard that is only checked was looked at."""
+        nbytes = min(nbytes, job.size)  # scales are read twice
+        if nbytes > job.reported:
+            self.on_bytes(job.name, nbytes - job.reported)
+            job.reported = nbytes
 
     def _advance(self, job: ShardJob) -> None:
         """Move a shard to its next stage once nothing of the present one is under way."""
@@ -231,6 +241,8 @@ class Scheduler:
         else:
             if job.hashed is not None:
                 job.finish_checksum()
+            if job.unit is None:
+                self._report(job, job.size)  # a sample leaves out most of it
             self._close(job)
             self.done.append(self._done(job, final=True))
 

@@ -11,7 +11,7 @@ import torch
 
 from fp8lib import Fp8Error
 from fp8lib.checkpoint.headers import Shard
-from fp8lib.checkpoint.layout import Passthrough
+from fp8lib.checkpoint.layout import Matrix, Passthrough, Rewritten
 from fp8lib.checkpoint.untrusted import printable
 from fp8lib.numerics.blocks import blocks
 from fp8lib.numerics.sums import sum_codes, sum_scales
@@ -19,15 +19,19 @@ from fp8lib.streaming.checksum import OrderedDigest
 from fp8lib.streaming.convert import Conversion, convert_batch
 from fp8lib.streaming.devices import default_readers
 from fp8lib.streaming.lanes import DTYPES, Files, Lane, ReadAhead, Way, as_bytes
+from fp8lib.streaming.rewrite import Merge, merge_batch, merge_bytes, restore
 from fp8lib.streaming.sums import Origin, Sums
 from fp8lib.streaming.units import (
     COPY_PIECE,
     Bytes,
+    Piece,
+    RewrittenRows,
     Rows,
     Unit,
     batches,
     codes_start,
     input_start,
+    output_start,
     pieces,
     scales_start,
 )
@@ -68,6 +72,7 @@ class Settings:
             kernel's start.
         readers: threads that read what is quantized, 0 if the workers do; None for the device's default.
         interleaved: shards whose pieces are handed out in turn; 0 for the default.
+        merge: what adapters make of rows of the input before all else; None without adapters.
     """
 
     convert: Conversion
@@ -78,6 +83,7 @@ class Settings:
     batch: int | None = None
     readers: int | None = None
     interleaved: int = 0
+    merge: Merge | None = None
 
     @property
     def piece_weights(self) -> int:
@@ -105,7 +111,7 @@ class ShardJob:
 
     Attributes:
         name, size: of the output file.
-        source: the input shard it is made from, None if that is not known.
+        sources: the input shards it is made from, as far as they are known.
         unit: what of it is to be quantized; None if it is complete and only to be checked.
         check: what to do when it is complete, or None.
         hashed: the complete file, if its digest is to be taken by reading it; else None.
@@ -115,13 +121,14 @@ class ShardJob:
         broken: names of weights that hold NaN or infinity.
         outstanding: tasks handed out and not settled.
         stage: `quantize` or `check`.
+        reported: bytes of a shard that is only checked that progress was told of.
     """
 
     name: str
     size: int
     settings: Settings
     files: Files = field(default_factory=Files)
-    source: Shard | None = None
+    sources: tuple[Shard, ...] = ()
     unit: Unit | None = None
     check: Check | None = None
     hashed: Path | None = None
@@ -134,6 +141,7 @@ class ShardJob:
     outstanding: int = 0
     all_submitted: bool = False
     stage: str = "quantize"
+    reported: int = 0
 
     def open_output(self, folder: Path) -> None:
         """Create the output file under its temporary name."""
@@ -154,23 +162,33 @@ class ShardJob:
 
         found = pieces(self.unit, self.settings.piece_weights)
         for batch in batches(found, self.settings.batch_weights):
-            kept = isinstance(batch[0][0], Passthrough)
-            function = self._copy if kept else self._quantize
+            function, way = self._step_of(batch[0][0])
             read = partial(self._read, batch)
             if self.settings.reading_threads:
-                # Read directly, bytes lie in their buffer as in the input; to be written directly, what is
-                # kept must lie there as in the output.
-                read = partial(_result_of, ahead.submit(read, "in", Way.CACHE if kept else Way.NEAREST))
+                read = partial(_result_of, ahead.submit(read, "in", way))
             yield partial(function, batch=batch, read=read), settle
 
-    def _read(self, batch: list[Rows | Bytes], lane: Lane, name: str, way: Way = Way.CACHE) -> torch.Tensor:
+    def _step_of(self, item: Matrix | Passthrough | Rewritten) -> tuple[Callable, Way]:
+        """What is done to an item's pieces, and how they are read ahead.
+
+        Read directly, bytes lie in their buffer as in the input; what is written from where it was read
+        must lie there as in the output, to be written directly.
+        """
+        if isinstance(item, Passthrough):
+            return self._copy, Way.CACHE
+        if isinstance(item, Rewritten):
+            return (self._change, Way.CACHE) if item.scale is None else (self._restore, Way.NEAREST)
+        return self._quantize, Way.NEAREST
+
+    def _read(self, batch: list[Piece], lane: Lane, name: str, way: Way = Way.CACHE) -> torch.Tensor:
         """The input's bytes of a batch, uint8, in the host buffer of that name."""
         (item, first, _), (last_item, _, last) = batch[0], batch[-1]
         if isinstance(item, Passthrough):
             start, end = (item.start + item.input_bytes(offset) for offset in (first, last))
         else:
             start, end = input_start(item, first), input_start(last_item, last)
-        return lane.read(name, self.files, self.source.path, start, end - start, way)
+        path = item.source.path if isinstance(item, Rewritten) else self.unit.plan.source.path
+        return lane.read(name, self.files, path, start, end - start, way)
 
     def _quantize(
         self, lane: Lane, batch: list[Rows], read: Callable[[Lane, str], torch.Tensor]
@@ -179,7 +197,10 @@ class ShardJob:
         matrix, first, _ = batch[0]
         at = codes_start(matrix, first), scales_start(matrix, first)
         raw = read(lane, "in")
-        weights = lane.to_device(raw.view(DTYPES[matrix.dtype]))
+        host = raw.view(DTYPES[matrix.dtype])
+        if self.settings.merge is not None:
+            merge_batch(self.settings.merge, ((m.weight.name, m.columns, *span) for m, *span in batch), host)
+        weights = lane.to_device(host)
         codes, scales = convert_batch(self.settings.convert, batch, weights)
         sums = torch.stack(
             [
@@ -215,7 +236,30 @@ class ShardJob:
             kept.view(DTYPES[item.output.dtype]).copy_(raw.view(DTYPES[item.dtype]))
         if not is_finite(kept, item.output.dtype):
             self.broken.add(item.output.name)
-        written = lane.write_behind(self._write, (item.output.start + first, as_bytes(kept)))
+        written = lane.write_behind(self._write, (output_start(item, first), as_bytes(kept)))
+        return len(raw), written, Sums()
+
+    def _change(
+        self, lane: Lane, batch: list[RewrittenRows], read: Callable[[Lane, str], torch.Tensor]
+    ) -> tuple[int, Future, Sums]:
+        """Rows of a matrix that are moved, and changed by adapters. Returns as `_quantize`."""
+        ((item, first, _),) = batch
+        raw = read(lane, f"kept {lane.next_output()}")
+        if not merge_bytes(self.settings.merge, item, raw, first):
+            self.broken.add(item.name)
+        written = lane.write_behind(self._write, (output_start(item, first), as_bytes(raw)))
+        return len(raw), written, Sums()
+
+    def _restore(
+        self, lane: Lane, batch: list[RewrittenRows], read: Callable[[Lane, str], torch.Tensor]
+    ) -> tuple[int, Future, Sums]:
+        """Rows of a matrix that are turned back from FP8. Returns as `_quantize`."""
+        ((item, first, _),) = batch
+        raw = read(lane, "in")
+        rows, sound = restore(lane, self.files, item, raw, first, f"rows {lane.next_output()}")
+        if not sound:
+            self.broken.add(item.name)
+        written = lane.write_behind(self._write, (output_start(item, first), as_bytes(rows)))
         return len(raw), written, Sums()
 
     def _write(self, *chunks: tuple[int, memoryview]) -> None:
@@ -231,7 +275,7 @@ class ShardJob:
             hashed.result()
 
     def refuse_broken(self) -> None:
-        """Refuse an input weight with NaN or infinity in it.
+        """Refuse an input weight with NaN or infinity in it, whether a shard's or an adapter's.
 
         Raises:
             Fp8Error: names the weights.
@@ -239,7 +283,8 @@ class ShardJob:
         if self.broken:
             names = sorted(map(printable, self.broken))
             shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if names[10:] else "")
-            raise Fp8Error(f"{self.name}: NaN or infinity in {shown}; repair the input model")
+            broken = "the input model" if self.settings.merge is None else "the input model or the adapter"
+            raise Fp8Error(f"{self.name}: NaN or infinity in {shown}; repair {broken}")
 
     def refuse_changed(self) -> None:
         """Refuse an input file that is not the one that was planned for, or was written to meanwhile.
@@ -247,8 +292,8 @@ class ShardJob:
         Raises:
             Fp8Error: names the file.
         """
-        if self.source is not None:
-            self.files.refuse_changed(self.source)
+        for source in self.sources:
+            self.files.refuse_changed(source)
 
     def make_durable(
         self,

@@ -7,6 +7,9 @@ output_error     judging weights by that
 kept             tensors that are kept, compared with the input
 shard_check      reads one shard back: measures a sample, compares what is kept
 directory_check  what is not in the tensors: quantization_config, the index, copied files
+reading          rows read back from the disk
+restored         weights that were turned back or merged, compared with where they came from
+restored_pairing, restored_report   their pairs by name, their summary
 health           bands, verdict, recommendations
 findings         all of this about one directory: what summary, reports and advice read
 loading          what engines need to load it

@@ -14,17 +14,21 @@ from fp8lib.verification.measurement import Measurement
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """Numbers of shards, of those with structural problems, of FP8 weights and of other tensors."""
+    """Numbers of shards, of those with structural problems, of FP8 weights and of other tensors, and of
+    weights that adapters change."""
 
     shards: int
     failed: int
     fp8: int
     passthrough: int
+    merged: int = 0
 
     @classmethod
     def of(cls, plan: Plan, failed: int) -> "Totals":
         """Of a run that wrote a plan."""
-        return cls(len(plan.shards), failed, sum(len(s.matrices) for s in plan.shards), len(plan.kept))
+        fp8 = sum(len(s.matrices) for s in plan.shards)
+        merged = len(plan.adapters.changes) if plan.adapters else 0
+        return cls(len(plan.shards), failed, fp8, len(plan.kept), merged)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +47,7 @@ class Findings:
         finished: whether the directory was made before, perhaps by another tool (`--verify_only`).
         damaged: names of shards in which codes or scales are not what this tool gives.
         bands: those in force.
+        adapters: fingerprints of what was merged before, in its order.
         looked_at: share of the directory's bytes that was compared, 0 to 1; None where that is unknown.
         health: the verdict; None if verification was skipped.
     """
@@ -57,6 +62,7 @@ class Findings:
     finished: bool = False
     damaged: Sequence[str] = ()
     bands: Bands = BANDS
+    adapters: Sequence[str] = ()
     looked_at: float | None = None
     health: Health | None = None
 

@@ -13,19 +13,10 @@ from pathlib import Path
 
 from fp8lib.checkpoint.directory import Checkpoint
 from fp8lib.checkpoint.headers import ITEM_SIZE, Shard, Tensor, read_shard
-from fp8lib.checkpoint.layout import SCALE_SUFFIX, ShardPlan, matrices_of
+from fp8lib.checkpoint.layout import SCALE_SUFFIX, Extent, ShardPlan, matrices_of
 from fp8lib.checkpoint.untrusted import printable
 from fp8lib.numerics.blocks import blocks
 from fp8lib.streaming.lanes import DTYPES
-
-
-@dataclass(frozen=True, slots=True)
-class Extent:
-    """Where a matrix's bytes are: contiguous rows of `dtype` from `start` of a file on."""
-
-    path: Path
-    dtype: str
-    start: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +47,11 @@ class Kept:
     def nbytes(self) -> int:
         """In the output."""
         return self.count * ITEM_SIZE[self.output.dtype]
+
+    @property
+    def span(self) -> range:
+        """Offsets of its bytes in the output's file."""
+        return range(self.output.start, self.output.start + self.nbytes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,7 +54,8 @@ def print_summary(printer: Printer, found: Findings) -> None:
         _print_served(printer, measurements, found.calibration.powers_of_two)
     if by_bands and found.all_checked:
         _print_kinds(printer, by_bands)
-    _print_flagged(printer, health, found.problems)
+    print_problems(printer, found.problems)
+    _print_flagged(printer, health)
     _print_verdict(printer, health)
 
 
@@ -82,6 +83,8 @@ def _print_totals(printer: Printer, found: Findings) -> None:
     printer.line(f"  Calibration         : {found.label}")
     if found.covered is not None:
         printer.line(f"  Activation stats    : {found.covered} of {totals.fp8} tensors")
+    if totals.merged:
+        printer.line(f"  Adapters merged     : into {totals.merged} weights")
     printer.line("-" * WIDTH)
     printer.line(f"  Shards processed    : {totals.shards}  ({totals.failed} failed)")
     printer.line(f"  FP8 weight tensors  : {totals.fp8}")
@@ -185,13 +188,17 @@ def _print_served(printer: Printer, measurements: Sequence[Measurement], powers_
     printer.wrapped(FLOOR if powers_of_two else REQUANTIZED, "    ", "    ")
 
 
-def _print_flagged(printer: Printer, health: Health, problems: Sequence[str]) -> None:
+def print_problems(printer: Printer, problems: Sequence[str]) -> None:
+    """The first structural deviations, one line each."""
     if problems:
         printer.line("-" * WIDTH)
         for problem in problems[:LISTED]:
             printer.line(f"  {printer.mark(Zone.FAIL)} {problem}")
         if problems[LISTED:]:
             printer.line(f"  … and {len(problems) - LISTED} more")
+
+
+def _print_flagged(printer: Printer, health: Health) -> None:
     if flagged := health.to_mend:
         printer.line("-" * WIDTH)
         printer.line("  Not GOOD, worst first         cosine    mean abs   max abs")

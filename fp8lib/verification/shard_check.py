@@ -17,9 +17,9 @@ import torch
 from fp8lib.checkpoint.headers import ITEM_SIZE
 from fp8lib.checkpoint.untrusted import printable
 from fp8lib.numerics.blocks import blocks
-from fp8lib.numerics.e4m3 import DTYPE
 from fp8lib.numerics.sums import sum_codes, sum_scales
-from fp8lib.streaming.lanes import DTYPES, Files, Lane, ReadAhead, Way
+from fp8lib.streaming.lanes import Files, Lane, ReadAhead
+from fp8lib.streaming.rewrite import Merge, merge_batch
 from fp8lib.streaming.shard_job import Task
 from fp8lib.streaming.sums import Origin, Sums
 from fp8lib.streaming.units import row_ranges
@@ -28,16 +28,13 @@ from fp8lib.verification.kept import KeptCheck
 from fp8lib.verification.measure import Errors, combine, measure_all
 from fp8lib.verification.measurement import Measurement
 from fp8lib.verification.pairing import Extent, Kept, Pair
+from fp8lib.verification.reading import AT_A_TIME, PIECE, read_values
+from fp8lib.verification.restored import Restored, compare
 
 if TYPE_CHECKING:  # nothing of second moments is imported where there are none
     from fp8lib.streaming.factors import Factors
     from fp8lib.verification.measure_outputs import OutputSums
 
-PIECE = 512 * 1024
-"""Weights that are measured at a time; the same everywhere, because sums of floats depend on it."""
-AT_A_TIME = {"cpu": PIECE, "cuda": 15 * PIECE}
-"""Weights that are read at a time, and copied to the device. On a CPU they stay in a core's cache; pinned
-buffers come in powers of two, which 16 pieces and the pages around them would just exceed."""
 _PAIRS_AT_A_TIME = 64
 """Matrices whose scales one task looks at."""
 
@@ -54,6 +51,8 @@ class ShardCheck:
         seed: of the random sample.
         claim: what codes and scales should be.
         factors: of second moments, to judge matrices by their outputs; None for none.
+        merge: what adapters make of the originals, or None.
+        merged: kept tensors that adapters change; a sample of them is compared, byte for byte.
         kept: tensors to compare with the input.
         origin: where the codes and scales of a shard in this tool's layout begin, to add them up; else None.
         header_bytes: length of the header, which was compared before.
@@ -70,6 +69,8 @@ class ShardCheck:
     seed: int
     claim: Claim
     factors: "Factors | None" = None
+    merge: Merge | None = None
+    merged: Sequence[Restored] = ()
     kept: Sequence[Kept] = ()
     origin: Origin | None = None
     header_bytes: int = 0
@@ -95,11 +96,14 @@ class ShardCheck:
         origin = self.origin if len(sampled) == len(self.pairs) else None
         pieces = ((p, *span) for p in sampled for span in row_ranges(p.rows, p.columns, PIECE))
         for batch in _batches(pieces, AT_A_TIME[ahead.device.type]):
-            read = ahead.submit(_read_rows, files, batch)
+            read = ahead.submit(_read_rows, files, batch, self.merge)
             task = partial(_measure, batch=batch, read=read, claim=self.claim, origin=origin)
             yield task, partial(self._add, batch)
         for pair in sampled:
             yield from self._output_tasks(pair, files, ahead)
+        merged = sample(self.merged, self.samples, self.seed, self.name)
+        self.looked_at += sum(m.rows * m.columns * ITEM_SIZE[m.restored.dtype] for m in merged)
+        yield from compare(merged, files, ahead, self.merge, self.problems)
 
     def _add(self, batch: list["_Rows"], found: tuple[list[Errors], int]) -> None:
         for (pair, _, _), errors in zip(batch, found[0], strict=True):
@@ -165,7 +169,7 @@ class ShardCheck:
 
         for span in row_ranges(pair.rows, pair.columns, PIECE):
             batch = [(pair, *span)]
-            read = ahead.submit(_read_rows, files, batch)
+            read = ahead.submit(_read_rows, files, batch, self.merge)
             yield partial(measured, batch=batch, read=read), pieces.append
 
 
@@ -187,7 +191,7 @@ def _check_scales(
     problems, total = [], 0
     for pair in pairs:
         count = blocks(pair.rows) * blocks(pair.columns)
-        scales = _read(lane, files, "scales", pair.scale, pair.scale.start, count)
+        scales = read_values(lane, files, "scales", pair.scale, pair.scale.start, count)
         if not bool((scales.isfinite() & (scales > 0)).all()):
             problems.append(
                 f"{printable(pair.name)}_scale_inv: holds values that are not finite and positive"
@@ -231,26 +235,20 @@ def _ends(pair: Pair, row: int) -> list[Extent]:
     return [*found, replace(pair.scale, start=pair.scale.start + scales)]
 
 
-def _read_rows(lane: Lane, files: Files, batch: list[_Rows]) -> tuple[torch.Tensor, ...]:
-    """Weights, codes and scales of a batch, in host memory."""
+def _read_rows(lane: Lane, files: Files, batch: list[_Rows], merge: Merge | None) -> tuple[torch.Tensor, ...]:
+    """Weights, merged, codes and scales of a batch, in host memory."""
     pair, first, _ = batch[0]
     source, weight, scale = (extent.start for extent in _ends(pair, first))
     count = sum((last - first) * pair.columns for pair, first, last in batch)
     scales = sum(blocks(last - first) * blocks(pair.columns) for pair, first, last in batch)
+    weights = read_values(lane, files, "in", pair.source, source, count)
+    if merge is not None:
+        merge_batch(merge, ((p.name, p.columns, *span) for p, *span in batch), weights)
     return (
-        _read(lane, files, "in", pair.source, source, count),
-        _read(lane, files, "codes", pair.weight, weight, count),
-        _read(lane, files, "scales", pair.scale, scale, scales),
+        weights,
+        read_values(lane, files, "codes", pair.weight, weight, count, written=True),
+        read_values(lane, files, "scales", pair.scale, scale, scales),
     )
-
-
-def _read(lane: Lane, files: Files, buffer: str, extent: Extent, start: int, count: int) -> torch.Tensor:
-    """Values of an extent, [count] in host memory; codes from the disk itself."""
-    if extent.dtype == "F8_E4M3":
-        dtype, way = DTYPE, Way.DISK
-    else:
-        dtype, way = DTYPES[extent.dtype], Way.CACHE if lane.device.type == "cpu" else Way.NEAREST
-    return lane.read(buffer, files, extent.path, start, count * ITEM_SIZE[extent.dtype], way).view(dtype)
 
 
 def _measure(

@@ -1,0 +1,54 @@
+"""`--dequantize`: its summary, and its `--verify_only`. What writes is `quantizing`."""
+
+from argparse import Namespace
+from collections.abc import Sequence
+
+from fp8lib.checkpoint.dequantize_plan import make_dequantize_plan
+from fp8lib.checkpoint.directory import open_checkpoint
+from fp8lib.checkpoint.plan import Plan
+from fp8lib.job.manifest import ShardResult
+from fp8lib.job.ranks import Ranks
+from fp8lib.job.run import agree, settings_for, work_and_gather, work_for_main
+from fp8lib.job.verifying import open_finished
+from fp8lib.terminal import Talk
+from fp8lib.verification.health import Zone
+from fp8lib.verification.restored_report import RestoredTotals, print_restored
+
+
+def summarize(flags: Namespace, talk: Talk, plan: Plan, results: Sequence[ShardResult]) -> Zone:
+    """Print the summary of a checkpoint that was turned back; returns the verdict."""
+    problems = [problem for result in results for problem in result.problems]
+    failed = sum(bool(result.problems) for result in results)
+    totals = RestoredTotals.of(plan, len(results), failed)
+    print_restored(talk.printer, totals, problems, verified=not flags.skip_verify)
+    return Zone.FAIL if problems else Zone.GOOD
+
+
+def verify_only(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
+    """Compare `flags.output_dir`, in BF16, with the FP8 `flags.input_dir`, and print the summary.
+
+    Returns:
+        The verdict, the same on every rank.
+
+    Raises:
+        Fp8Error: one of the two is no complete checkpoint of its kind.
+    """
+    from fp8lib.streaming.scheduler import ToCheck
+    from fp8lib.verification.restored import RestoredCheck
+    from fp8lib.verification.restored_pairing import pair_restored
+
+    plan = make_dequantize_plan(open_checkpoint(flags.input_dir), flags.expert_layout)
+    finished = open_finished(flags.output_dir)
+    settings = settings_for(flags, None, ranks)
+    work = [
+        ToCheck(shard.name, shard.size, RestoredCheck(shard.name, weights, problems))
+        for shard, weights, problems in pair_restored(plan, finished)
+    ]
+    if not ranks.is_main:
+        work_for_main(flags, ranks, settings, work)
+        return agree(ranks, None)
+    results: dict[str, ShardResult] = {}
+    work_and_gather(
+        flags, ranks, settings, work, len(work), 0, lambda result: results.update({result.name: result})
+    )
+    return agree(ranks, summarize(flags, talk, plan, [results[item.name] for item in work]))
