@@ -8,6 +8,7 @@ from fp8lib.checkpoint.dequantize_plan import EXPERT_LAYOUTS
 from fp8lib.checkpoint.rules import ELIGIBILITIES, KEPT_DTYPES, Selection
 from fp8lib.command_line import Command, Parser, path, positive
 from fp8lib.numerics.modes import MODES, PHASES, SCALE_FORMATS, Calibration
+from fp8lib.verification.bands import Bands
 
 MODE_FLAGS = (
     ("rms", "--rms_factor"),
@@ -24,12 +25,12 @@ COMPARISON_FLAGS = (
 QUANTIZING_FLAGS = (
     "calib_mode", "scale_format", *(flag[2:] for _, flag in MODE_FLAGS), "activation_stats",
     "eligibility", "keep_bf16", "quantize", "kept_dtype", "rounding", "second_moments", "damping",
-    "lora_dir", "verify_samples", "seed", "compare_outputs",
+    "lora_dir", "verify_samples", "seed", "band", "compare_outputs", "report",
 )  # fmt: skip
 """Flags that mean nothing to --dequantize, which chooses no scales and verifies all that it writes."""
-WRITING_FLAGS = ("overwrite", "activation_stats", "eligibility", "keep_bf16", "quantize", "kept_dtype")
+WRITING_FLAGS = ("overwrite", "eligibility", "keep_bf16", "quantize", "kept_dtype")
 """Flags that --verify_only does not look at."""
-CHECKING_FLAGS = ("verify_samples", "seed")
+CHECKING_FLAGS = ("verify_samples", "seed", "band", "strict")
 """Flags that --skip_verify and --dry_run make idle."""
 
 
@@ -150,6 +151,16 @@ def make_parser() -> Parser:
         help="write nothing but what --checksums asks for; measure a finished --output_dir, of this tool or "
         "another, against --input_dir",
     )  # fmt: skip
+    group.add_argument(
+        "--report", type=path, action="append", default=[], metavar="FILE",
+        help="write what was found to *.json, or as a page to *.html (needs matplotlib, jinja2); twice at "
+        "most",
+    )  # fmt: skip
+    group.add_argument(
+        "--band", action="append", default=[], metavar="NAME=GOOD,HARD",
+        help="limits of cosine, mae or maxae, such as cosine=0.9995,0.995; repeatable",
+    )  # fmt: skip
+    group.add_argument("--strict", action="store_true", help="exit code 1 for WARN, too")
     group.add_argument("--seed", type=int, default=0, help="of the random sample (%(default)s)")
 
     group = parser.add_argument_group("comparing outputs")
@@ -202,6 +213,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         tuple(flags.quantize),
         kept_dtype=KEPT_DTYPES.get(flags.kept_dtype),
     )
+    flags.bands = Bands.parse(flags.band)
     flags.calibration = Calibration(
         mode=flags.calib_mode,
         rms_factor=flags.rms_factor,
@@ -252,6 +264,8 @@ def _refuse_combinations(flags: argparse.Namespace, parser: Parser) -> None:
             )
     if (flags.rounding == "second_order") != (flags.second_moments is not None):
         parser.error("--rounding second_order and --second_moments: give both or neither")
+    if flags.dry_run and flags.report:
+        parser.error("argument --report: not allowed with argument --dry_run")
     if flags.dry_run and flags.compare_outputs:
         parser.error("argument --compare_outputs: not allowed with argument --dry_run")
     if flags.lora_dir and flags.kept_dtype:
@@ -275,11 +289,10 @@ def _samples(text: str) -> int | None:
 
 
 def _run(flags: argparse.Namespace) -> int:
-    from fp8lib.job.run import run
+    from fp8lib.job.run import exit_code, run
     from fp8lib.terminal import Talk
-    from fp8lib.verification.health import Zone
 
-    return 1 if run(flags, Talk.to_terminal(flags.quiet)) is Zone.FAIL else 0
+    return exit_code(flags, run(flags, Talk.to_terminal(flags.quiet)))
 
 
 COMMAND = Command(

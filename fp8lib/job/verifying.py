@@ -14,27 +14,28 @@ from fp8lib.checkpoint.matching import mismatches
 from fp8lib.checkpoint.rules import fusion_group
 from fp8lib.checkpoint.tensor_parallel import tensor_parallel
 from fp8lib.checkpoint.untrusted import printable
-from fp8lib.job import checksums, manifest, recorded
+from fp8lib.job import checksums, claims, manifest, recorded
 from fp8lib.job.manifest import Manifest, ShardResult
 from fp8lib.job.progress import Progress
 from fp8lib.job.ranks import Ranks
 from fp8lib.job.rounding import open_moments
-from fp8lib.job.run import agree, settings_for, shard_check, summarize, work_and_gather, work_for_main
+from fp8lib.job.run import agree_on, settings_for, shard_check, summarize, work_and_gather, work_for_main
 from fp8lib.numerics.modes import Calibration
 from fp8lib.streaming.sums import Origin
 from fp8lib.terminal import Talk
 from fp8lib.verification import directory_check
+from fp8lib.verification.claim import Claim
 from fp8lib.verification.findings import Findings, Totals
 from fp8lib.verification.health import Zone
 
 
-def verify_only(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
+def verify_only(flags: Namespace, talk: Talk, ranks: Ranks) -> tuple[Zone, Findings | None]:
     """Measure `flags.output_dir` against `flags.input_dir` and print the summary.
 
     Writes nothing but SHA256SUMS, and that only with `--checksums`.
 
     Returns:
-        The verdict, the same on every rank.
+        (the verdict, the same on every rank; what was found, on rank 0).
 
     Raises:
         Fp8Error: one of the two is no complete checkpoint.
@@ -44,14 +45,17 @@ def verify_only(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
     original, quantized = open_checkpoint(flags.input_dir), open_finished(flags.output_dir)
     adapters = open_adapters(flags.lora_dir, original) if flags.lora_dir else None
     weights = ((name, t.shape[1]) for name, t in _matrices(quantized))
-    settings = settings_for(flags, None, ranks, open_moments(flags, weights), adapters)
+    moments = open_moments(flags, weights)
+    settings = settings_for(flags, None, ranks, moments, adapters)
     pairings = pair_directories(original, quantized)
     earlier, damaged = _earlier_run(flags, talk, original, adapters)
     listed, unreadable = recorded.listed_digests(flags.output_dir)
-    work = _work(flags, settings, pairings, earlier, listed, adapters)
+    known = earlier if earlier and claims.applies(earlier, original, adapters) else None
+    claim = claims.of_manifest(flags, settings, moments, known, (p for each in pairings for p in each.pairs))
+    work = _work(flags, settings, claim, pairings, earlier, listed, original, adapters)
     if not ranks.is_main:
         work_for_main(flags, ranks, settings, work)
-        return agree(ranks, None)
+        return agree_on(ranks, None)
     others = damaged + unreadable + _other_problems(talk, original, quantized, earlier)
     results: dict[str, ShardResult] = {}
     names, total = [item.name for item in work], sum(item.size for item in work)
@@ -65,13 +69,14 @@ def verify_only(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
     ordered[0] = replace(ordered[0], problems=(*others, *ordered[0].problems))
     if flags.checksums and not any(r.problems for r in ordered):
         checksums.write(flags.output_dir, {name: digest for name, digest in digests.items() if digest})
-    verdict = summarize(flags, talk, _findings(flags, talk, quantized, pairings, ordered, earlier, adapters))
-    return agree(ranks, verdict)
+    found = _findings(flags, talk, claim, quantized, pairings, ordered, earlier, adapters)
+    return agree_on(ranks, summarize(flags, talk, found))
 
 
 def _work(
     flags: Namespace,
     settings,
+    claim: Claim,
     pairings: Sequence,
     earlier: Manifest | None,
     listed: Mapping[str, str],
@@ -90,6 +95,7 @@ def _work(
         check = shard_check(
             flags,
             settings,
+            claim,
             shard.name,
             each.pairs,
             each.problems,
@@ -139,6 +145,7 @@ def files_beside(
 def _findings(
     flags: Namespace,
     talk: Talk,
+    claim: Claim,
     quantized: Checkpoint,
     pairings: Sequence,
     ordered: list[ShardResult],
@@ -154,26 +161,26 @@ def _findings(
         totals=Totals(len(ordered), failed, fp8, len(outputs) - 2 * fp8, merged),
         measurements=[m for r in ordered for m in r.measurements],
         problems=[p for r in ordered for p in r.problems],
-        calibration=_calibration(flags, talk, str(used), ordered),
+        calibration=_calibration(flags, talk, str(used), claim),
         label=f"{printable(used or 'unknown')} (verify only)",
         covered=None,
         loading=tensor_parallel(outputs, quantized.config),
+        damaged=[r.name for r in ordered if r.damaged],
         finished=True,
         looked_at=sum(r.looked_at for r in ordered) / sum(s.size for s in quantized.shards),
         adapters=adapters.fingerprints if adapters else (),
     )
 
 
-def _calibration(flags: Namespace, talk: Talk, used: str, results: list[ShardResult]) -> Calibration:
+def _calibration(flags: Namespace, talk: Talk, used: str, claim: Claim) -> Calibration:
     """How scales were chosen, as the manifest says it; else as the flags say, and as scales show.
 
-    Advice is for that mode. What engines change are no powers of two.
+    Advice is for that mode.
     """
     try:
         calibration = Calibration.parse(used)
     except Fp8Error:
-        changed = any(m.requantized for r in results for m in r.measurements)
-        return replace(flags.calibration, scale_format="bf16" if changed else "ue8m0")
+        return replace(flags.calibration, scale_format="ue8m0" if claim.powers_of_two else "bf16")
     if flags.calibration not in (calibration, Calibration()):
         talk.warn(f"scales were chosen by {calibration}; flags that say another mode have no effect")
     return calibration

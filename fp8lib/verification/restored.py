@@ -85,6 +85,10 @@ class RestoredCheck:
         kept = self._kept_check.problems() if self._kept_check else ()
         return (*self.problems, *kept)
 
+    def damage(self, _: object) -> list[str]:
+        """None: whatever is wrong is a problem."""
+        return []
+
     def measurements(self) -> tuple:
         """None: what comes back in full has lost nothing, and the rest is a problem."""
         return ()

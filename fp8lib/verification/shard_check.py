@@ -10,22 +10,24 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
 
 from fp8lib.checkpoint.headers import ITEM_SIZE
 from fp8lib.checkpoint.untrusted import printable
-from fp8lib.numerics.blocks import blocks
+from fp8lib.numerics.blocks import BLOCK, blocks
 from fp8lib.numerics.sums import sum_codes, sum_scales
 from fp8lib.streaming.lanes import Files, Lane, ReadAhead
 from fp8lib.streaming.rewrite import Merge, merge_batch
 from fp8lib.streaming.shard_job import Task
 from fp8lib.streaming.sums import Origin, Sums
 from fp8lib.streaming.units import row_ranges
-from fp8lib.verification.health import Measurement
+from fp8lib.verification.claim import Claim
 from fp8lib.verification.kept import KeptCheck
 from fp8lib.verification.measure import Errors, combine, measure_all
+from fp8lib.verification.measurement import Measurement
 from fp8lib.verification.pairing import Extent, Kept, Pair
 from fp8lib.verification.reading import AT_A_TIME, PIECE, read_values
 from fp8lib.verification.restored import Restored, compare
@@ -48,6 +50,7 @@ class ShardCheck:
         problems: structural deviations, one line each; what is known before, and what the check adds.
         samples: matrices to measure; None for all.
         seed: of the random sample.
+        claim: what codes and scales should be.
         factors: of second moments, to judge matrices by their outputs; None for none.
         merge: what adapters make of the originals, or None.
         merged: kept tensors that adapters change, to compare byte for byte.
@@ -65,6 +68,7 @@ class ShardCheck:
     problems: list[str]
     samples: int | None
     seed: int
+    claim: Claim
     factors: "Factors | None" = None
     merge: Merge | None = None
     merged: Sequence[Restored] = ()
@@ -94,9 +98,9 @@ class ShardCheck:
         pieces = ((p, *span) for p in sampled for span in row_ranges(p.rows, p.columns, PIECE))
         for batch in _batches(pieces, AT_A_TIME[ahead.device.type]):
             read = ahead.submit(_read_rows, files, batch, self.merge)
-            yield partial(_measure, batch=batch, read=read, origin=origin), partial(self._add, batch)
-        for pair in sampled:
-            yield from self._output_tasks(pair, files, ahead)
+            task = partial(_measure, batch=batch, read=read, claim=self.claim, origin=origin)
+            yield task, partial(self._add, batch)
+        yield from self._output_tasks(sampled, files, ahead)
         self.looked_at += sum(each.nbytes for each in self.merged)
         yield from compare(self.merged, files, ahead, self.merge, self.problems)
 
@@ -139,22 +143,41 @@ class ShardCheck:
             found[name] = replace(found[name], output=combine_outputs(pieces))
         return tuple(found.values())
 
-    def _output_tasks(self, pair: Pair, files: Files, ahead: ReadAhead) -> Iterator[Task]:
-        """Tasks that measure a matrix by its outputs, if there are second moments for it."""
-        if self.factors is None or self.factors.entry(pair.name, pair.columns) is None:
+    def damage(self, measurements: Sequence[Measurement]) -> list[str]:
+        """What in the shard is not what it should be, by its measurements: at most one line."""
+        by_codes = [m for m in measurements if self.claim.nearest and m.output is None and m.not_nearest]
+        by_scales = [m for m in measurements if m.other_scales]
+        if not (wrong := by_codes + by_scales):
+            return []
+        codes, scales = sum(m.not_nearest for m in by_codes), sum(m.other_scales for m in by_scales)
+        counts = " and ".join(f"{n:,} {what}" for n, what in ((codes, "codes"), (scales, "scales")) if n)
+        tensors = f"in {len({m.name for m in wrong})} tensors, such as {printable(wrong[0].name)}"
+        return [f"{printable(self.name)}: {counts} are not what this tool gives, {tensors}"]
+
+    def _output_tasks(self, pairs: list[Pair], files: Files, ahead: ReadAhead) -> Iterator[Task]:
+        """Tasks that measure by their outputs those matrices for which there are second moments."""
+        if self.factors is None:
             return
-        from fp8lib.verification.measure_outputs import PIECE, measure_outputs
+        from fp8lib.verification.measure_outputs import AT_A_TIME, PIECE, measure_outputs
 
-        pieces = self.outputs.setdefault(pair.name, [])
+        def entry(piece: _Rows) -> str | None:
+            return self.factors.entry(piece[0].name, piece[0].columns)
 
-        def measured(lane: Lane, batch: list["_Rows"], read: Future) -> "OutputSums":
-            (rows,) = _pieces(lane, batch, read)
-            return measure_outputs(*rows, self.factors(pair.name, pair.columns))
+        def measured(lane: Lane, batch: list[_Rows], read: Future) -> "list[OutputSums]":
+            pair = batch[0][0]
+            return measure_outputs(_pieces(lane, batch, read), self.factors(pair.name, pair.columns))
 
-        for span in row_ranges(pair.rows, pair.columns, PIECE):
-            batch = [(pair, *span)]
-            read = ahead.submit(_read_rows, files, batch, self.merge)
-            yield partial(measured, batch=batch, read=read), pieces.append
+        def add(batch: list[_Rows], found: "list[OutputSums]") -> None:
+            for (pair, _, _), sums in zip(batch, found, strict=True):
+                self.outputs.setdefault(pair.name, []).append(sums)
+
+        pieces = ((p, *span) for p in pairs for span in row_ranges(p.rows, p.columns, PIECE))
+        for key, alike in groupby(pieces, entry):
+            if key is None:
+                continue
+            for batch in _batches(alike, AT_A_TIME[ahead.device.type], whole_blocks=True):
+                read = ahead.submit(_read_rows, files, batch, self.merge)
+                yield partial(measured, batch=batch, read=read), partial(add, batch)
 
 
 def sample(pairs: Sequence[Pair], count: int | None, seed: int, shard: str) -> list[Pair]:
@@ -195,16 +218,22 @@ _Rows = tuple[Pair, int, int]
 """Rows of a pair: it, the first of them, a multiple of 128, and the one behind the last."""
 
 
-def _batches(pieces: Iterable[_Rows], weights: int) -> Iterator[list[_Rows]]:
-    """Put pieces together that follow each other in all three files, up to so many weights."""
+def _batches(pieces: Iterable[_Rows], weights: int, whole_blocks: bool = False) -> Iterator[list[_Rows]]:
+    """Put pieces together that follow each other in all three files, up to so many weights.
+
+    With `whole_blocks`, only the last of a batch may have rows that make up no whole block.
+    """
     batch: list[_Rows] = []
     held = 0
     for piece in pieces:
         pair, first, last = piece
         count = (last - first) * pair.columns
-        if batch and not (held + count <= weights and _ends(*batch[-1][::2]) == _ends(pair, first)):
-            yield batch
-            batch, held = [], 0
+        if batch:
+            _, start, end = batch[-1]
+            fits = held + count <= weights and not (whole_blocks and (end - start) % BLOCK)
+            if not (fits and _ends(*batch[-1][::2]) == _ends(pair, first)):
+                yield batch
+                batch, held = [], 0
         batch.append(piece)
         held += count
     if batch:
@@ -235,10 +264,14 @@ def _read_rows(lane: Lane, files: Files, batch: list[_Rows], merge: Merge | None
     )
 
 
-def _measure(lane: Lane, batch: list[_Rows], read: Future, origin: Origin | None) -> tuple[list[Errors], int]:
+def _measure(
+    lane: Lane, batch: list[_Rows], read: Future, claim: Claim, origin: Origin | None
+) -> tuple[list[Errors], int]:
     """The errors of each piece of a batch, and what their codes add up to, if there is an origin."""
-    pieces = _pieces(lane, batch, read)
-    errors = measure_all(pieces)
+    pieces, again = _pieces(lane, batch, read), ()
+    if claim.scales is not None:
+        again = [claim.scales(pair.name, own[0]) for (pair, _, _), own in zip(batch, pieces, strict=True)]
+    errors = measure_all(pieces, claim.powers_of_two, again)
     if origin is None:
         return errors, 0
     sums = [
