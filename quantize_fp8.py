@@ -2,10 +2,13 @@
 """Turn a BF16 Qwen3.5/3.6 checkpoint into a block-wise FP8 one that vLLM and SGLang serve."""
 
 import argparse
+from collections.abc import Iterator
 
-from fp8lib.checkpoint.rules import ELIGIBILITIES, Selection
+from fp8lib.checkpoint.dequantize_plan import EXPERT_LAYOUTS
+from fp8lib.checkpoint.rules import ELIGIBILITIES, KEPT_DTYPES, Selection
 from fp8lib.command_line import Command, Parser, path, positive
 from fp8lib.numerics.modes import MODES, PHASES, SCALE_FORMATS, Calibration
+from fp8lib.verification.bands import Bands
 
 MODE_FLAGS = (
     ("rms", "--rms_factor"),
@@ -19,6 +22,16 @@ COMPARISON_FLAGS = (
     "prompts_file", "no_chat_template", "max_prompt_tokens", "batch_size",
 )  # fmt: skip
 """Flags that only --compare_outputs looks at."""
+QUANTIZING_FLAGS = (
+    "calib_mode", "scale_format", *(flag[2:] for _, flag in MODE_FLAGS), "activation_stats",
+    "eligibility", "keep_bf16", "quantize", "kept_dtype", "rounding", "second_moments", "damping",
+    "lora_dir", "verify_samples", "seed", "band", "compare_outputs", "report",
+)  # fmt: skip
+"""Flags that mean nothing to --dequantize, which chooses no scales and verifies all that it writes."""
+WRITING_FLAGS = ("overwrite", "eligibility", "keep_bf16", "quantize", "kept_dtype")
+"""Flags that --verify_only does not look at."""
+CHECKING_FLAGS = ("verify_samples", "seed", "band", "strict")
+"""Flags that --skip_verify and --dry_run make idle."""
 
 
 def make_parser() -> Parser:
@@ -36,7 +49,22 @@ def make_parser() -> Parser:
         "--overwrite", action="store_true", help="replace what an earlier run wrote to --output_dir"
     )
 
-    group.add_argument("--checksums", action="store_true", help="also write SHA256SUMS, for sha256sum -c")
+    group.add_argument(
+        "--checksums", action="store_true",
+        help="also write SHA256SUMS of all files, for sha256sum -c; with a finished directory, that alone",
+    )  # fmt: skip
+    group.add_argument(
+        "--lora_dir", type=path, action="append", default=[], metavar="ADAPTER",
+        help="merge this PEFT adapter into the weights before they are quantized; several in their order",
+    )  # fmt: skip
+    group.add_argument(
+        "--dequantize", action="store_true",
+        help="the other way round: turn a block-FP8 --input_dir back into BF16",
+    )  # fmt: skip
+    group.add_argument(
+        "--expert_layout", choices=EXPERT_LAYOUTS, default="fused",
+        help="--dequantize: one tensor for the experts of a layer, or one per expert (%(default)s)",
+    )  # fmt: skip
 
     group = parser.add_argument_group("calibration")
     group.add_argument(
@@ -83,6 +111,12 @@ def make_parser() -> Parser:
         "repeatable",
     )  # fmt: skip
 
+    group.add_argument(
+        "--kept_dtype", choices=KEPT_DTYPES,
+        help="store what is kept of an F32 or F16 input like this, but for routers, norms and the state of "
+        "linear attention (as in the input)",
+    )  # fmt: skip
+
     group = parser.add_argument_group("rounding")
     group.add_argument(
         "--rounding", choices=("nearest", "second_order"), default="nearest",
@@ -114,8 +148,19 @@ def make_parser() -> Parser:
     group.add_argument("--skip_verify", action="store_true", help="write without verifying")
     group.add_argument(
         "--verify_only", action="store_true",
-        help="write nothing; measure a finished --output_dir, of this tool or another, against --input_dir",
+        help="write nothing but what --checksums asks for; measure a finished --output_dir, of this tool or "
+        "another, against --input_dir",
     )  # fmt: skip
+    group.add_argument(
+        "--report", type=path, action="append", default=[], metavar="FILE",
+        help="write what was found to *.json, or as a page to *.html (needs matplotlib, jinja2); twice at "
+        "most",
+    )  # fmt: skip
+    group.add_argument(
+        "--band", action="append", default=[], metavar="NAME=GOOD,HARD",
+        help="limits of cosine, mae or maxae, such as cosine=0.9995,0.995; repeatable",
+    )  # fmt: skip
+    group.add_argument("--strict", action="store_true", help="exit code 1 for WARN, too")
     group.add_argument("--seed", type=int, default=0, help="of the random sample (%(default)s)")
 
     group = parser.add_argument_group("comparing outputs")
@@ -161,25 +206,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("argument --verify_only: not allowed with argument --skip_verify")
     if flags.dry_run and flags.verify_only:
         parser.error("argument --verify_only: not allowed with argument --dry_run")
-    second_order = flags.rounding == "second_order"
-    if second_order != (flags.second_moments is not None):
-        parser.error("--rounding second_order and --second_moments: give both or neither")
-    if flags.dry_run and flags.compare_outputs:
-        parser.error("argument --compare_outputs: not allowed with argument --dry_run")
-    flags.notes = tuple(
-        f"{flag} has no effect with --calib_mode {flags.calib_mode}"
-        for mode, flag in MODE_FLAGS
-        if mode != flags.calib_mode and getattr(flags, flag[2:]) != parser.get_default(flag[2:])
+    _refuse_combinations(flags, parser)
+    flags.selection = Selection(
+        flags.eligibility,
+        tuple(flags.keep_bf16),
+        tuple(flags.quantize),
+        kept_dtype=KEPT_DTYPES.get(flags.kept_dtype),
     )
-    if flags.calib_mode == "mse" and flags.scale_format == "ue8m0" and flags.mse_grid_size != PHASES:
-        flags.notes += ("--mse_grid_size has no effect with --scale_format ue8m0",)
-    flags.selection = Selection(flags.eligibility, tuple(flags.keep_bf16), tuple(flags.quantize))
-    if not flags.compare_outputs:
-        flags.notes += tuple(
-            f"--{name} has no effect without --compare_outputs"
-            for name in COMPARISON_FLAGS
-            if getattr(flags, name) != parser.get_default(name)
-        )
+    flags.bands = Bands.parse(flags.band)
     flags.calibration = Calibration(
         mode=flags.calib_mode,
         rms_factor=flags.rms_factor,
@@ -188,7 +222,26 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         mse_grid_size=flags.mse_grid_size,
         scale_format=flags.scale_format,
     )
+    flags.notes = tuple(f"{flag} has no effect {where}" for flag, where in _idle(parser, flags))
     return flags
+
+
+def _idle(parser: Parser, flags: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """(flag, where it has no effect) of those that were given for nothing."""
+    for mode, flag in MODE_FLAGS:
+        if mode != flags.calib_mode and parser.given(flags, [flag[2:]]):
+            yield flag, f"with --calib_mode {flags.calib_mode}"
+    if flags.calib_mode == "mse" and flags.scale_format == "ue8m0" and flags.mse_grid_size != PHASES:
+        yield "--mse_grid_size", "with --scale_format ue8m0"
+    for applies, names, where in (
+        (not flags.dequantize, ("expert_layout",), "without --dequantize"),
+        (not flags.compare_outputs, COMPARISON_FLAGS, "without --compare_outputs"),
+        (flags.verify_only, WRITING_FLAGS, "with --verify_only"),
+        (flags.skip_verify, CHECKING_FLAGS, "with --skip_verify"),
+        (flags.dry_run, (*CHECKING_FLAGS, "skip_verify", "checksums"), "with --dry_run"),
+    ):
+        if applies:
+            yield from ((flag, where) for flag in parser.given(flags, names))
 
 
 def _damping(text: str) -> float:
@@ -201,6 +254,32 @@ def _damping(text: str) -> float:
     return value
 
 
+def _refuse_combinations(flags: argparse.Namespace, parser: Parser) -> None:
+    """Refuse flags of which one could not be followed."""
+    if flags.dequantize:
+        for flag in parser.given(flags, QUANTIZING_FLAGS):
+            parser.error(
+                f"argument {flag}: not allowed with argument --dequantize, which turns weights back and "
+                "verifies all of them; leave it out, or give it to a run of its own"
+            )
+    if (flags.rounding == "second_order") != (flags.second_moments is not None):
+        parser.error("--rounding second_order and --second_moments: give both or neither")
+    if flags.dry_run and flags.report:
+        parser.error("argument --report: not allowed with argument --dry_run")
+    if flags.dry_run and flags.compare_outputs:
+        parser.error("argument --compare_outputs: not allowed with argument --dry_run")
+    if flags.lora_dir and flags.kept_dtype:
+        parser.error(
+            "argument --kept_dtype: not allowed with argument --lora_dir, which merges into the input's "
+            "dtype; leave one of them out"
+        )
+    if flags.lora_dir and flags.compare_outputs:
+        parser.error(
+            "argument --compare_outputs: not allowed with argument --lora_dir, because --input_dir is not "
+            "the merged model; merge first to compare"
+        )
+
+
 def _samples(text: str) -> int | None:
     if text == "all":
         return None
@@ -210,11 +289,10 @@ def _samples(text: str) -> int | None:
 
 
 def _run(flags: argparse.Namespace) -> int:
-    from fp8lib.job.run import run
+    from fp8lib.job.run import exit_code, run
     from fp8lib.terminal import Talk
-    from fp8lib.verification.health import Zone
 
-    return 1 if run(flags, Talk.to_terminal(flags.quiet)) is Zone.FAIL else 0
+    return exit_code(flags, run(flags, Talk.to_terminal(flags.quiet)))
 
 
 COMMAND = Command(

@@ -12,6 +12,7 @@ and of the difference between two roundings piece by piece.
 """
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -71,6 +72,10 @@ def main() -> None:
     print(f"moments, {flags.held_out} held out\n")
     print(machine.table(rows))
     print(gain(compared["max, nearest"]["kl"], compared["max, second order"]["kl"]))
+    print("\nThe same by --compare_outputs --against, second order against nearest:")
+    for activations in ("bf16", "fp8"):
+        found = paired(model, flags.folder, judging[: flags.held_out], activations)
+        print(f"{activations} activations: {found}")
     machine.save(flags.json, where, rows)
 
 
@@ -136,7 +141,7 @@ def compare(
     expected = _log_probabilities(model, ids)
     found = {}
     for number, (label, flags) in enumerate(RUNS.items()):
-        output = folder / f"{model.name}-fp8-{number}"
+        output = _output(model, folder, number)
         if "second_order" in flags:
             flags = (*flags, "--second_moments", moments)
         _run("quantize_fp8.py", "--input_dir", model, "--output_dir", output, "--overwrite", *flags)
@@ -157,15 +162,37 @@ def second_moments(model: Path, folder: Path, texts: list[str]) -> Path:
     return folder / "stats.second_moments.safetensors"
 
 
-def _run(script: str, *flags: object) -> None:
+def paired(model: Path, folder: Path, texts: list[str], activations: str) -> str:
+    """What the tool itself says of the last of RUNS against the first, as an engine computes."""
+    prompts = folder / "held_out.jsonl"
+    prompts.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    found = _run(
+        "quantize_fp8.py", "--input_dir", model, "--verify_only", "--verify_samples", 1,
+        "--output_dir", _output(model, folder, len(RUNS) - 1), "--against", _output(model, folder, 0),
+        "--compare_outputs", "--prompts_file", prompts, "--no_chat_template", "--activations", activations,
+    )  # fmt: skip
+    same = [line.partition(":")[2].strip() for line in found if "Same top p" in line]
+    [line] = [line.strip() for line in found if "difference" in line]
+    return f"{line}; same top p {' vs '.join(same)}"
+
+
+def _output(model: Path, folder: Path, number: int) -> Path:
+    return folder / f"{model.name}-fp8-{number}"
+
+
+def _run(script: str, *flags: object) -> list[str]:
+    """The lines that a script prints."""
     done = subprocess.run(
-        [sys.executable, ROOT / script, *map(str, flags), "--quiet"], capture_output=True, text=True
-    )
+        [sys.executable, ROOT / script, *map(str, flags), "--quiet"],
+        capture_output=True, encoding="utf-8", env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+    )  # fmt: skip
     if done.returncode == 2:
         raise SystemExit(done.stderr)
-    for line in done.stdout.splitlines():
+    lines = done.stdout.splitlines()
+    for line in lines:
         if "Output error" in line:
             print(line.strip(), file=sys.stderr)
+    return lines
 
 
 def _log_probabilities(folder: Path, ids: torch.Tensor) -> torch.Tensor:

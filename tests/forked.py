@@ -146,10 +146,19 @@ class _Server:
             [sys.executable, __file__, command], stdin=subprocess.PIPE, text=True, cwd=REPOSITORY
         )
 
-    def send(self, task: dict) -> None:
+    @property
+    def pipe(self) -> str:
+        """Where folders with tasks are written to, by other processes, too."""
+        return f"/proc/{os.getpid()}/fd/{self._process.stdin.fileno()}"
+
+    def send(self, task: dict) -> Path:
+        """Have a task done; returns its folder."""
+        folder = Path(tempfile.mkdtemp(dir=self.folder.name))
+        (folder / "task").write_text(json.dumps(task))
         with self._lock:
-            self._process.stdin.write(json.dumps(task) + "\n")
+            self._process.stdin.write(f"{folder}\n")
             self._process.stdin.flush()
+        return folder
 
     def close(self) -> None:
         self._process.stdin.close()
@@ -186,22 +195,26 @@ def start(
         umask: of the run.
         limits: soft and hard resource limits.
     """
+    task = _task(command, before) | {
+        "arguments": [str(a) for a in arguments],
+        "env": env or {},
+        "streams": streams or {},
+        "at": at and asdict(at),
+        "umask": umask,
+        "limits": list((limits or {}).items()),
+    }
+    return Started(_server(command).send(task))
+
+
+def template(path: Path, command: str = "quantize_fp8", before: str = "") -> None:
+    """Write what forked_rank.py needs to start runs of a command."""
     server = _server(command)
-    folder = Path(tempfile.mkdtemp(dir=server.folder.name))
-    server.send(
-        {
-            "folder": str(folder),
-            "arguments": [str(a) for a in arguments],
-            "command": command,
-            "env": env or {},
-            "streams": streams or {},
-            "at": at and asdict(at),
-            "before": before,
-            "umask": umask,
-            "limits": list((limits or {}).items()),
-        }
-    )
-    return Started(folder)
+    task = _task(command, before)
+    path.write_text(json.dumps({"pipe": server.pipe, "folder": server.folder.name, "task": task}))
+
+
+def _task(command: str, before: str) -> dict:
+    return {"command": command, "before": before, "streams": {}, "at": None, "umask": None, "limits": []}
 
 
 def run(*arguments: object, timeout: float = PATIENCE, **options: object) -> Ended:
@@ -219,17 +232,17 @@ def _serve(command: str) -> None:
     for line in sys.stdin:
         if os.fork() == 0:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            _keep(json.loads(line))
+            _keep(Path(line.rstrip("\n")))
 
 
-def _keep(task: dict) -> None:
+def _keep(folder: Path) -> None:
     """Fork the run itself, wait for it and write down how it ended."""
-    folder = Path(task["folder"])
+    task = json.loads((folder / "task").read_text())
     begun = time.monotonic()
     size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     pid = os.fork()
     if pid == 0:
-        _be(task)
+        _be(task, folder)
     _write(folder / "pid", str(pid))
     _, status, usage = os.wait4(pid, 0)
     log = folder / "operations"
@@ -249,9 +262,9 @@ def _write(path: Path, text: str) -> None:
     path.with_suffix(".new").rename(path)
 
 
-def _be(task: dict) -> None:
+def _be(task: dict, folder: Path) -> None:
     """Become the run."""
-    folder = Path(task["folder"])
+    sys.argv = [task["command"], *task["arguments"]]
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.environ.update(task["env"])
     encoding = task["env"].get("PYTHONIOENCODING", "utf-8")

@@ -39,7 +39,9 @@ BYTES = {
     "second_moments": (SECOND_ORDER, ("--second_moments", "{other moments}")),
     "damping": (SECOND_ORDER, ("--damping", "0.02")),
     "activation_stats": (("--activation_stats", "{stats}"), ("--activation_stats", "{other stats}")),
+    "kept_dtype": ((), ("--kept_dtype", "bfloat16")),
     "input_dir": ((), ("--input_dir", "{other input}")),
+    "lora_dir": (("--lora_dir", "{adapter}"), ("--lora_dir", "{other adapter}")),
 }
 """Flags that decide the bytes of weights: (flags of the one run, what the other has in addition)."""
 RESULTS = {
@@ -51,25 +53,27 @@ RESULTS = {
 }
 """Flags that decide what the manifest holds beside, which a rank reports and a later run can redo."""
 OF_A_PROCESS = {"device", "workers", "debug", "quiet", "help", "version"}
-OF_RANK_0 = {"overwrite", "output_dir"}
-"""Only rank 0 looks at what is in the output directory; that it is the same one, the lock tells."""
+OF_RANK_0 = {"overwrite", "output_dir", "report"}
+"""Only rank 0 looks into the output directory and writes reports; that it is the same one, the lock tells."""
 OTHER_WORK = {"dry_run", "verify_only"}
 COMPARING = {
     "compare_outputs", "against", "activations", "served", "logits_out",
     "prompts_file", "no_chat_template", "max_prompt_tokens", "batch_size",
 }  # fmt: skip
 """Flags of what comes after the verdict; ranks compare them there (`forward_passes.check_agreement`)."""
+BACK = {"dequantize", "expert_layout"}
+"""Flags for another kind of input (test_dequantize.py)."""
 
 
 def test_every_flag_is_in_one_of_the_tables() -> None:
     known = {name.split(" of ")[0] for name in (*BYTES, *RESULTS)}
-    known |= OF_A_PROCESS | OF_RANK_0 | OTHER_WORK | COMPARING
+    known |= OF_A_PROCESS | OF_RANK_0 | OTHER_WORK | COMPARING | BACK
     assert {action.dest for action in quantize_fp8.make_parser()._actions} == known
 
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Two inputs that differ in a header, statistics and second moments that differ in a number."""
+    """Two inputs that differ in a header, statistics, second moments and adapters that differ in a number."""
     folder = tmp_path_factory.mktemp("agreement")
     found = {}
     for name, rows in (("input", 128), ("other input", 256)):
@@ -81,6 +85,15 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, value in (("stats", 1.0), ("other stats", 2.0)):
         found[name] = folder / f"{name.replace(' ', '-')}.json"
         found[name].write_text(json.dumps({NAME: {"input_channel_mean_square": [value] * 128}}))
+    for name, value in (("adapter", 2.0**-8), ("other adapter", 2.0**-7)):
+        found[name] = folder / name.replace(" ", "-")
+        found[name].mkdir()
+        module = f"base_model.model.{NAME.removesuffix('.weight')}"
+        low, high = torch.full((4, 128), value), torch.full((128, 4), 1.0)
+        state = {f"{module}.lora_A.weight": low, f"{module}.lora_B.weight": high}
+        save_file(state, found[name] / "adapter_model.safetensors")
+        settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["down_proj"]}
+        (found[name] / "adapter_config.json").write_text(json.dumps(settings))
     for name, value in (("moments", 1.0), ("other moments", 2.0)):
         found[name] = folder / f"{name.replace(' ', '-')}.safetensors"
         packed, tokens = torch.from_numpy(pack(np.eye(128, dtype=np.float32) * value)), torch.tensor([256])

@@ -16,14 +16,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import collect_activation_stats
+import forked
+import forked_rank
 import forked_ranks
 from forked import PATIENCE, Ended
 from forked_ranks import Rank
 
 pytestmark = pytest.mark.xdist_group("collecting ranks")  # one server of forks for all
-
-SCRIPT = Path(collect_activation_stats.__file__).resolve()
 
 # One rank dies in the middle, once.
 KILLED = """
@@ -39,15 +38,12 @@ def killing(self, text):
 if os.environ["RANK"] == os.environ["IN"]:
     Progress.label = killing
 """
-# The script as torchrun runs it; a second attempt writes down what the first has left.
-RANK = f"""
-import runpy, sys
-sys.path.insert(0, {str(SCRIPT.parent)!r})
-{KILLED}
+# A second attempt writes down what the first has left.
+LOOKING = """
+import sys
 if mark.exists():
     left = os.listdir(Path(sys.argv[sys.argv.index("--output") + 1]).parent)
     mark.with_name("left-" + os.environ["RANK"]).write_text("\\n".join(left))
-runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
 """
 
 
@@ -128,7 +124,7 @@ def test_ranks_write_what_one_process_writes(checkpoint, prompts, alone, tmp_pat
     [
         (["--model_dir", "nowhere"], "nowhere: no such directory"),
         (["--output", "missing/s.json"], "missing: no such directory"),
-        (["--prompt_file", "x"], "unrecognized arguments: --prompt_file x; see --help"),
+        (["--prompt_file", "x"], "unrecognized arguments: --prompt_file (did you mean --prompts_file?)"),
     ],
 )
 def test_what_is_wrong_is_said_once(checkpoint, prompts, tmp_path, flags, complaint):
@@ -178,10 +174,12 @@ def test_torchrun_restarts_what_a_killed_rank_was_part_of(checkpoint, prompts, a
     path = checkpoint("text", tokenizer=True, shards=2)
     found = tmp_path / "found"
     found.mkdir()
-    (tmp_path / "rank.py").write_text(RANK)
+    template = tmp_path / "template"
+    forked.template(template, OPTIONS["command"], OPTIONS["before"] + KILLED + LOOKING)
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2,
-        "--max-restarts", 1, "rank.py", "--batch_size", 2, "--model_dir", path, "--prompts_file", prompts,
+        "--max-restarts", 1, "--no-python", sys.executable, "-S", forked_rank.__file__, template,
+        "--batch_size", 2, "--model_dir", path, "--prompts_file", prompts,
         "--layerwise", "--output", found / "s.safetensors",
     ]  # fmt: skip
     own = {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8", "IN": "1", "MARK": str(tmp_path / "killed")}

@@ -581,6 +581,12 @@ def play(
         reasons[re.sub(r"\d+", "#", why)[:70]] += 1
 
 
+def listed(name: str, kept: set[str]) -> bool:
+    """Whether modules_to_not_convert has a weight's module, or all experts of its layer."""
+    module = name.removesuffix(".weight")
+    return not kept.isdisjoint({module, f"{module.partition('.mlp.experts.')[0]}.mlp.experts"})
+
+
 def accept(folder: Path, output: Path, clips: bool) -> None:
     """What an engine would find, read with the safetensors library and nothing of this tool."""
 
@@ -605,9 +611,9 @@ def accept(folder: Path, output: Path, clips: bool) -> None:
             assert scale.dtype == torch.bfloat16
             assert list(scale.shape) == [-(-n // 128) for n in tensor.shape]
             assert bool((scale.isfinite() & (scale > 0)).all())
-            assert name.removesuffix(".weight") not in kept
+            assert not listed(name, kept)
         elif name.endswith(".weight") and tensor.dim() >= 2:
-            assert name.removesuffix(".weight") in kept
+            assert listed(name, kept)
     for path in folder.glob("*.safetensors"):
         if path.name in set(index["weight_map"].values()):
             for key, source in read(path).items():

@@ -57,7 +57,7 @@ def quantize_late(
     """The shard that one worker writes whose every thread is as early or as late as it may be."""
     (unit,) = divide([plan], 1, False)
     settings = Settings(Nearest(Calibration("rms")), device, 1, piece=PIECE, batch=0, readers=readers)
-    job = ShardJob(plan.name, plan.size, settings, source=plan.source, unit=unit)
+    job = ShardJob(plan.name, plan.size, settings, sources=plan.sources, unit=unit)
     lane, ahead = lane_of(device), ReadAhead(device, 1, turns)
     ahead._pool = HastyPool()  # reads as early as it may
     lane._writer = writer()
@@ -161,7 +161,7 @@ def test_a_check_measures_the_same_as_long_as_buffers_suffice(
             device = torch.device("cuda:0" if cuda else "cpu")
             lane, ahead = Lane(device), ReadAhead(device, 1, turns if cuda else 1000)
             ahead._pool = HastyPool()
-            job = ShardJob(plan.name, plan.size, None, source=plan.source)
+            job = ShardJob(plan.name, plan.size, None, sources=plan.sources)
             drive(check.tasks(job.files, ahead), lane, _IN_FLIGHT, compute_late=True)
             job.close()
         assert not check.problems

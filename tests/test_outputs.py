@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -89,12 +90,16 @@ def test_inputs_of_fp8_modules_are_rounded_as_engines_do(checkpoint, quantized, 
     power = served == "ue8m0"
     rounding = partial(outputs_reference.rounded_activations, power_of_two=power)
     record, expected = compared(path, out, serving=SERVINGS[served]), by_hand(path, out, rounding, power)
-    # A value that float32 and float64 put on two sides of a tie goes to another code: some in a million do.
-    mean = expected["kl1"].mean()
-    np.testing.assert_allclose(record.results["kl1"].mean(), mean, rtol=0.02)
-    np.testing.assert_allclose(record.results["kl1"], expected["kl1"], atol=0.2 * float(mean))
-    weights_alone = compared(path, out).results["kl1"].mean()
-    assert record.results["kl1"].mean() > 1.2 * weights_alone, "activations must have an effect"
+    found, wanted = record.results["kl1"], expected["kl1"].numpy()
+    # A value that float32 and float64 put on two sides of a tie goes to another code, and what comes behind
+    # it in the prompt sees that: a per cent or two of its KL. Where no value does, they agree to float32.
+    np.testing.assert_allclose(found.mean(), wanted.mean(), rtol=0.02)
+    quarter, half = np.quantile(abs(found - wanted) / wanted, [0.25, 0.5])
+    assert quarter < 1e-5
+    assert half < 5e-3
+    unrounded = replace(SERVINGS[served], quantizes_activations=False)
+    effect = abs(found - compared(path, out, serving=unrounded).results["kl1"]).mean()
+    assert effect > 0.2 * wanted.mean(), "activations must have an effect"
 
 
 def test_the_emulations_own_error_is_far_below_the_smallest_effect(trained, quantized, monkeypatch):

@@ -3,9 +3,6 @@
 import contextlib
 import io
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,7 +12,9 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import collect_activation_stats
+import forked_ranks
 from calibration_runs import NO_LIMIT, PAD, NoProgress, plan_of, prompts_of
+from forked_ranks import Rank
 from fp8lib import Fp8Error
 from fp8lib.calibration import second_moments
 from fp8lib.calibration.input_statistics import input_of
@@ -157,17 +156,15 @@ def test_the_file_has_an_entry_for_every_quantized_weight_but_mtps(checkpoint, c
     assert np.linalg.eigvalsh(h.astype(float)).min() > -1e-6 * h.diagonal().max()
 
 
+@pytest.mark.xdist_group("collecting ranks")  # one server of forks for all
 def test_ranks_together_find_what_one_process_finds(checkpoint, collected: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", SCRIPT,
-            "--model_dir", checkpoint(MOE[0], **MOE[1]), "--output", tmp_path / "s.safetensors",
-            "--prompts_file", collected.parent / "prompts.txt", "--layerwise", "--second_moments",
-            "--batch_size", "2", "--quiet",
-        ],
-        capture_output=True, encoding="utf-8", timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ended = forked_ranks.run(
+        [Rank()] * 2, "--model_dir", checkpoint(MOE[0], **MOE[1]), "--output", tmp_path / "s.safetensors",
+        "--prompts_file", collected.parent / "prompts.txt", "--layerwise", "--second_moments",
+        "--batch_size", 2, "--quiet", command="collect_activation_stats",
+        before="import torch; torch.set_num_threads(1)",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert [each.rc for each in ended] == [0, 0], ended
     found, expected = load_file(tmp_path / "s.second_moments.safetensors"), load_file(collected)
     assert found.keys() == expected.keys()
     for name in expected:  # sums of float32 products of other pieces, in float64

@@ -1,8 +1,9 @@
 """Several ranks on the CPU: the bytes, exit codes and words of one process, and ranks that die.
 
-Real `torchrun` starts them wherever it has a part in what is tested; otherwise forked_ranks does (fixture
-`ranks`). In every rank `WATCH` writes down what the rank does and, where a test says so, makes it fail or
-wait. torchrun's own exit code is 1 whenever a rank's is not 0.
+Real `torchrun` starts them wherever it has a part in what is tested (fixtures `start` and `torchrun`), as
+processes of their own or, to save the time of importing torch, as stand-ins for forked ones (forked_rank.py);
+otherwise forked_ranks does (fixture `ranks`). In every rank `WATCH` writes down what the rank does and, where
+a test says so, makes it fail or wait. torchrun's own exit code is 1 whenever a rank's is not 0.
 """
 
 import hashlib
@@ -23,6 +24,8 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import forked
+import forked_rank
 import forked_ranks
 import quantize_fp8
 from forked import PATIENCE
@@ -103,6 +106,17 @@ except SystemExit as end:
 """
 
 
+# The same for a forked one, which ends without a word to atexit.
+FORKED_RANK = f"""
+{WATCH}
+end = os._exit
+def ended(code):
+    note("exit", code)
+    end(code)
+os._exit = ended
+"""
+
+
 def notes(records: Path, kind: str) -> dict[tuple[int, int], list[str]]:
     """(rank, attempt) -> lines that it wrote."""
     found = {}
@@ -145,12 +159,24 @@ class Started:
     """torchrun, one on each node; ranks are numbered in the order of the nodes."""
 
     def __init__(
-        self, folder: Path, ranks: int, arguments: tuple, flags: tuple, nodes: tuple[Node, ...], env: dict
+        self,
+        folder: Path,
+        ranks: int,
+        arguments: tuple,
+        flags: tuple,
+        nodes: tuple[Node, ...],
+        whole: bool,
+        env: dict,
     ) -> None:
         self.records = folder / "records"
         self.records.mkdir()
-        script = folder / "rank.py"
-        script.write_text(RANK)
+        if whole:
+            rank = [folder / "rank.py"]
+            rank[0].write_text(RANK)
+        else:
+            forked.template(folder / "template", before=FORKED_RANK)
+            flags = (*flags, "--no-python")
+            rank = [sys.executable, "-S", forked_rank.__file__, folder / "template"]
         common = (*TORCHRUN, "--nnodes", len(nodes), "--nproc-per-node", ranks, *flags)
         common += ("--log-dir", folder / "logs")
         common += ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{_free_port()}")
@@ -162,7 +188,7 @@ class Started:
         with self.output.open("wb") as output:
             for number, node in enumerate(nodes):
                 here = ("--local-addr", f"127.0.0.{number + 1}", "--rdzv-conf", f"is_host={not number}")
-                command = [*common, *here, script, *arguments, *node.arguments]
+                command = [*common, *here, *rank, *arguments, *node.arguments]
                 self.agents.append(
                     subprocess.Popen(
                         list(map(str, command)), stdout=output, stderr=output, env={**env, **node.env}
@@ -199,7 +225,8 @@ class Started:
         for lines in notes(self.records, "started").values():
             pid = int(lines[0])
             with suppress(OSError):
-                if str(self.records) in Path(f"/proc/{pid}/environ").read_text():  # not another's by now
+                command = Path(f"/proc/{pid}/cmdline").read_text()
+                if "rank.py" in command or "forked.py" in command:  # not another's by now
                     os.kill(pid, signal.SIGKILL)
 
 
@@ -211,7 +238,10 @@ def _free_port() -> int:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Started]]:
-    """`start(ranks, *arguments, flags=of torchrun, nodes=[Node(), ...], **environment)`: under way."""
+    """`start(ranks, *arguments, flags=of torchrun, nodes=[Node(), ...], whole=…, **environment)`: under way.
+
+    `whole`: every rank is a Python of its own, from its first line to its last.
+    """
     started = []
 
     def call(
@@ -219,11 +249,12 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Started]]:
         *arguments: object,
         flags: tuple = (),
         nodes: tuple[Node, ...] = (Node(),),
+        whole: bool = False,
         **env: str,
     ) -> Started:
         folder = tmp_path / f"run{len(started)}"
         folder.mkdir()
-        started.append(Started(folder, ranks, ("--device", "cpu", *arguments), flags, nodes, env))
+        started.append(Started(folder, ranks, ("--device", "cpu", *arguments), flags, nodes, whole, env))
         return started[-1]
 
     yield call
@@ -281,7 +312,7 @@ def test_two_ranks_write_what_one_process_writes(
 ) -> None:
     """Every file, the manifest with its measurements included."""
     source, output = wide(8), tmp_path / "out"
-    done = torchrun(2, "--input_dir", source, "--output_dir", output)
+    done = torchrun(2, "--input_dir", source, "--output_dir", output, whole=True)
     assert done.codes == [0], done.text
     assert done.exits == {(0, 0): "0", (1, 0): "0"}
     assert contents(output) == contents(quantized(source))
@@ -420,8 +451,9 @@ def test_a_failed_verdict_is_the_exit_code_of_every_rank_and_said_once(
     """Of a rank, too, that takes a second longer to end than the one that torchrun sees fail."""
     source = checkpoint("moe", shards=2, std=1.0)  # off by up to 1/16 of 4: more than 0.02
     done = torchrun(
-        2, "--input_dir", source, "--output_dir", tmp_path / "out", flags=("--max-restarts", 1), SLOW="1"
-    )
+        2, "--input_dir", source, "--output_dir", tmp_path / "out",
+        flags=("--max-restarts", 1), whole=True, SLOW="1",
+    )  # fmt: skip
     assert done.codes == [1]
     assert done.notes("started").keys() == {(0, 0), (1, 0), (0, 1), (1, 1)}
     assert [done.exits[rank, 0] for rank in (0, 1)] == ["1", "1"]
@@ -498,7 +530,7 @@ def test_a_signal_to_torchrun_leaves_nothing_partial(
     number: int, shards: int, tmp_path: Path, wide: Callable, quantized: Callable, start: Callable
 ) -> None:
     source, output = wide(shards), tmp_path / "out"
-    run = start(2, "--input_dir", source, "--output_dir", output, FAULT="hold", IN="1")
+    run = start(2, "--input_dir", source, "--output_dir", output, whole=shards == 1, FAULT="hold", IN="1")
     run.wait_for("fault", rank=1)
     run.agents[0].send_signal(number)
     done = run.wait()

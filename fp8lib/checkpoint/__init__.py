@@ -10,6 +10,10 @@ selection        which fusion groups stay as they are
 matching         how each engine reads `modules_to_not_convert`
 tensor_parallel  which tensor-parallel sizes load, and what each GPU holds
 plan             the whole output, decided from headers
+adapters         PEFT adapters, and what of them can be merged
+adapter_targets  which weights an adapter's tensors belong to
+merged_plan      a plan whose weights get adapters merged into them
+dequantize_plan  the output of turning an FP8 checkpoint back into BF16
 
 May import `numerics.blocks`, which is free of torch too.
 """

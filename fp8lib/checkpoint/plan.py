@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fp8lib import Fp8Error, __version__
+from fp8lib.checkpoint.adapters import Adapters
 from fp8lib.checkpoint.directory import CONFIG, INDEX, Checkpoint, require_supported
 from fp8lib.checkpoint.experts import check_experts
 from fp8lib.checkpoint.headers import Tensor
 from fp8lib.checkpoint.layout import Matrix, ShardPlan, plan_shard
 from fp8lib.checkpoint.matching import has_tied_head, mismatches
-from fp8lib.checkpoint.rules import Selection, module_of, reason_kept
+from fp8lib.checkpoint.rules import Selection, keeps_precision, module_of, reason_kept
 from fp8lib.checkpoint.selection import decide, group_of
 from fp8lib.checkpoint.untrusted import printable
 from fp8lib.numerics.blocks import BLOCK
@@ -40,6 +41,7 @@ class Plan:
         kept: tensors that keep their bytes.
         modules_to_not_convert: as config.json lists them.
         notes: what a user should know of the selection, one line each.
+        adapters: what is merged before quantizing; `merged_plan.with_adapters` gives it.
     """
 
     checkpoint: Checkpoint
@@ -47,7 +49,8 @@ class Plan:
     shards: tuple[ShardPlan, ...]
     kept: tuple[Kept, ...]
     modules_to_not_convert: tuple[str, ...]
-    notes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    adapters: Adapters | None = None
 
     @property
     def matrices(self) -> Iterator[Matrix]:
@@ -59,15 +62,19 @@ class Plan:
 
     def config(self) -> dict:
         """config.json of the output."""
+        config = self.checkpoint.config
+        producer: dict[str, object] = {"name": "quantize_fp8", "version": __version__}
+        if self.adapters:
+            producer["adapters"] = list(self.adapters.fingerprints)
         return {
-            **self.checkpoint.config,
+            **(_in_bfloat16(config) if self.selection.kept_dtype else config),
             "quantization_config": {
                 "quant_method": "fp8",
                 "fmt": "e4m3",
                 "activation_scheme": "dynamic",
                 "weight_block_size": [BLOCK, BLOCK],
                 "modules_to_not_convert": list(self.modules_to_not_convert),
-                "producer": {"name": "quantize_fp8", "version": __version__},
+                "producer": producer,
             },
         }
 
@@ -125,13 +132,32 @@ def make_plan(checkpoint: Checkpoint, selection: Selection | None = None) -> Pla
     if len(kept) == len(tensors):
         raise Fp8Error(f"{printable(checkpoint.root)}: no weight in it can be quantized")
     kept_names = {k.tensor.name for k in kept}
-    shards = tuple(plan_shard(shard, kept_names) for shard in checkpoint.shards)
-    _check_output_names(shards)
+    rounded = {
+        t.name: selection.kept_dtype
+        for t in (k.tensor for k in kept)
+        if selection.kept_dtype and t.dtype in ("F32", "F16") and not keeps_precision(t.name)
+    }
+    shards = tuple(plan_shard(shard, kept_names, rounded) for shard in checkpoint.shards)
+    check_output_names(shards)
     listed = _modules_to_not_convert(checkpoint, kept)
     plan = Plan(checkpoint, selection, shards, tuple(kept), listed, decision.notes)
     if found := mismatches(plan.outputs(), plan.config()):
         raise Fp8Error(f"{printable(checkpoint.root)}: the output would be misread: {found[0]}")
     return plan
+
+
+def _in_bfloat16(config: dict) -> dict:
+    """A config.json that names BF16 wherever it names F32 or F16 as the weights' dtype."""
+    sections = ("text_config", "vision_config")
+    keys = ("torch_dtype", "dtype")
+    return {
+        key: "bfloat16"
+        if key in keys and value in ("float32", "float16")
+        else _in_bfloat16(value)
+        if key in sections and isinstance(value, dict)
+        else value
+        for key, value in config.items()
+    }
 
 
 # --- decisions ---------------------------------------------------------------------------------
@@ -142,7 +168,12 @@ def _why_kept(tensor: Tensor, kept_groups: dict[str, str]) -> str | None:
     return reason_kept(tensor.name) if group is None else kept_groups.get(group)
 
 
-def _check_output_names(shards: tuple[ShardPlan, ...]) -> None:
+def check_output_names(shards: tuple[ShardPlan, ...]) -> None:
+    """Refuse an output that would hold a name twice.
+
+    Raises:
+        Fp8Error: names it.
+    """
     seen: set[str] = set()
     for shard in shards:
         for output in shard.outputs():

@@ -5,6 +5,8 @@ the output directory is touched; shards become durable one by one, each recorded
 config.json, without which no engine takes a directory for a model, is written last.
 """
 
+import hashlib
+import os
 import time
 from argparse import Namespace
 from collections.abc import Iterator
@@ -16,12 +18,16 @@ from fp8lib import Fp8Error
 from fp8lib.calibration.statistics_file import Statistics
 from fp8lib.checkpoint.directory import CONFIG, INDEX
 from fp8lib.checkpoint.plan import Plan, to_json
+from fp8lib.checkpoint.tensor_parallel import tensor_parallel
 from fp8lib.checkpoint.untrusted import printable
-from fp8lib.job import manifest, output_dir, rounding
+from fp8lib.job import checksums, dequantizing, manifest, output_dir, recorded, rounding
+from fp8lib.job.ending import print_ending
 from fp8lib.job.manifest import Manifest, ShardResult
+from fp8lib.job.progress import Progress
 from fp8lib.job.ranks import Ranks
 from fp8lib.job.run import (
     agree,
+    agree_on,
     plan_for,
     planned_check,
     settings_for,
@@ -29,38 +35,36 @@ from fp8lib.job.run import (
     work_and_gather,
     work_for_main,
 )
+from fp8lib.streaming.sums import Sums
 from fp8lib.streaming.writer import copy_file, write_file
 from fp8lib.terminal import Talk
+from fp8lib.verification.findings import Findings, Totals
 from fp8lib.verification.health import Zone
-from fp8lib.verification.report import Totals
 
 
-def quantize(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
+def quantize(flags: Namespace, talk: Talk, ranks: Ranks) -> tuple[Zone, Findings | None]:
     """Quantize `flags.input_dir` into `flags.output_dir` and print the summary.
 
     Returns:
-        The verdict, the same on every rank; GOOD where verification was skipped.
+        (the verdict, the same on every rank, GOOD where verification was skipped; what was found, on rank 0).
 
     Raises:
         Fp8Error: refused or failed, on every rank. No config.json is left in the output directory.
     """
+    begun = time.monotonic()
     # Rank 0 refuses for all: the others say and do nothing before it has agreed.
     todo = None if ranks.is_main else Todo(**ranks.wait_for("todo"))
     plan, statistics, covered = plan_for(flags, talk)
     moments = rounding.moments_for(flags, plan, talk)
-    settings = settings_for(flags, statistics, ranks, moments)
-    decisive = _settings(flags, statistics, moments)
+    settings = settings_for(flags, statistics, ranks, moments, plan.adapters)
+    decisive = _settings(flags, plan, statistics, moments)
     terms = _terms(flags, plan, decisive)
     if todo is not None:
         _check_agreement(flags, terms, todo.terms, ranks)
         work_for_main(flags, ranks, settings, _work(flags, plan, ranks, settings, todo))
-        return agree(ranks, None)
+        return agree_on(ranks, None)
 
-    mine = Manifest(
-        settings=decisive,
-        inputs={s.name: manifest.identity(s) for s in plan.checkpoint.shards},
-        extra_files=[p.as_posix() for p in plan.checkpoint.extra_files],
-    )
+    mine = _manifest(plan, decisive)
     state = output_dir.inspect(flags.output_dir, plan, mine, flags.overwrite)
     samples = 0 if flags.skip_verify else flags.verify_samples
     measured = sum(len(s.matrices[:samples]) for s in plan.shards)
@@ -70,7 +74,9 @@ def quantize(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
         state = output_dir.inspect(flags.output_dir, plan, mine, flags.overwrite)
         results, todo = _resume(flags, plan, state, mine, terms)
         output_dir.prepare(flags.output_dir, state, complete=not todo.quantize)
-        journal = _Journal(mine, flags)
+        if state.manifest:
+            _say_what_is_kept(flags, talk, plan, todo)
+        journal = _Journal(mine, flags, state.manifest)
         journal.save()
 
         def record(result: ShardResult) -> None:
@@ -80,18 +86,52 @@ def quantize(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
 
         ranks.publish("todo", asdict(todo))
         work = _work(flags, plan, ranks, settings, todo)
-        total = sum(s.input_bytes for s in plan.shards if s.name in todo.quantize)
-        work_and_gather(flags, ranks, settings, work, todo.count, total, record)
+        work_and_gather(flags, ranks, settings, work, _progress(flags, plan, todo), record)
         journal.save()
         _finish(flags, plan, results)
     ordered = [results[s.name] for s in plan.shards]
-    label, totals = str(flags.calibration), Totals.of(plan)
+    if flags.dequantize:
+        return agree(ranks, dequantizing.summarize(flags, talk, plan, ordered)), None
+    found = summarize(flags, talk, _findings(flags, plan, ordered, covered, moments))
+    verdict, _ = agree_on(ranks, found)
+    if todo.quantize and not flags.quiet:
+        print_ending(flags.output_dir, plan, found, verdict, time.monotonic() - begun)
+    return verdict, found
+
+
+def _manifest(plan: Plan, decisive: dict) -> Manifest:
+    """Of a run that has finished no shard yet."""
+    return Manifest(
+        settings=decisive,
+        inputs={s.name: manifest.identity(s) for s in plan.checkpoint.shards},
+        extra_files=[p.as_posix() for p in plan.checkpoint.extra_files],
+        files={name: hashlib.sha256(data).hexdigest() for name, data in _written_last(plan).items()},
+        headers=recorded.header_digests(plan),
+    )
+
+
+def _findings(
+    flags: Namespace,
+    plan: Plan,
+    ordered: list[ShardResult],
+    covered: int | None,
+    moments: rounding.SecondMomentsUse | None,
+) -> Findings:
+    label, totals = str(flags.calibration), Totals.of(plan, sum(bool(r.problems) for r in ordered))
     if moments:
         label += f"; second order, {moments.covered} of {totals.fp8} tensors"
-    verdict = summarize(
-        flags, talk, flags.calibration, label, ordered, totals, covered, plan.outputs(), plan.config()
+    return Findings(
+        totals=totals,
+        measurements=[m for r in ordered for m in r.measurements],
+        problems=[p for r in ordered for p in r.problems],
+        calibration=flags.calibration,
+        label=label,
+        covered=covered,
+        loading=tensor_parallel(plan.outputs(), plan.config()),
+        damaged=[r.name for r in ordered if r.damaged],
+        looked_at=sum(r.looked_at for r in ordered) / sum(s.size for s in plan.shards),
+        adapters=plan.adapters.fingerprints if plan.adapters else (),
     )
-    return agree(ranks, verdict)
 
 
 class _Journal:
@@ -102,14 +142,17 @@ class _Journal:
     shard is verified again.
     """
 
-    def __init__(self, mine: Manifest, flags: Namespace) -> None:
+    def __init__(self, mine: Manifest, flags: Namespace, on_disk: Manifest | None) -> None:
         self._manifest, self._flags = mine, flags
-        self._saved, self._not_before = False, 0.0
+        # Not written again where nothing has changed: its time tells when the shards were verified.
+        self._saved, self._not_before = mine == on_disk, 0.0
 
     def record(self, result: ShardResult) -> ShardResult:
-        """Record a result; returns it with the checksum that an earlier one of that shard had."""
+        """Record a result; returns it with the checksums that an earlier one of that shard had."""
         earlier = self._manifest.shards.get(result.name)
-        result = replace(result, sha256=result.sha256 or (earlier or {}).get("sha256"))
+        known = earlier or {}
+        sums = result.sums or manifest.recorded_sums(known)
+        result = replace(result, sha256=result.sha256 or known.get("sha256"), sums=sums)
         verification = _verification(self._flags) if result.final else None
         self._manifest.shards[result.name] = manifest.to_record(result, verification)
         self._saved = False
@@ -129,10 +172,20 @@ class _Journal:
 
 @dataclass(frozen=True, slots=True)
 class Todo:
-    """Names of the shards that are to be quantized, of those that only need verification, and `_terms`."""
+    """What there is to do.
+
+    Attributes:
+        quantize: names of shards.
+        verify: of shards that are complete and only need verification, or a checksum.
+        hash: those of them that need a checksum.
+        sums: of those of them whose sums are known, as two numbers.
+        terms: see `_terms`.
+    """
 
     quantize: list[str]
     verify: list[str]
+    hash: list[str]
+    sums: dict[str, list[int]]
     terms: dict
 
     @property
@@ -141,21 +194,26 @@ class Todo:
 
 
 def _settings(
-    flags: Namespace, statistics: Statistics | None, moments: rounding.SecondMomentsUse | None
+    flags: Namespace, plan: Plan, statistics: Statistics | None, moments: rounding.SecondMomentsUse | None
 ) -> dict:
     """The flags that decide bytes, as the manifest keeps them."""
-    return {
+    if flags.dequantize:
+        return {"dequantize": flags.expert_layout}
+    settings = {
         "calibration": str(flags.calibration),
         "activation_stats": statistics.sha256 if statistics else None,
         **flags.selection.settings(),
         **rounding.settings(moments),
     }
+    return settings | ({"adapters": list(plan.adapters.fingerprints)} if plan.adapters else {})
 
 
 def _verification(flags: Namespace) -> dict | None:
     """How shards are verified, as the manifest keeps it."""
     if flags.skip_verify:
         return None
+    if flags.dequantize:
+        return {"codes": "all"}
     samples = "all" if flags.verify_samples is None else flags.verify_samples
     return {"samples": samples, "seed": flags.seed}
 
@@ -172,8 +230,8 @@ def _terms(flags: Namespace, plan: Plan, decisive: dict) -> dict:
 
 def _check_agreement(flags: Namespace, mine: dict, theirs: dict, ranks: Ranks) -> None:
     """Refuse, on a rank other than 0, another input, other flags or another output directory."""
-    for key, value in mine.items():
-        if value != theirs[key]:
+    for key in mine | theirs:
+        if mine.get(key) != theirs.get(key):
             raise Fp8Error(
                 f"{printable(flags.input_dir)}: rank {ranks.rank} has other {key.replace('_', ' ')} "
                 "than rank 0; give all machines the same files and flags"
@@ -195,18 +253,40 @@ def _resume(
     flags: Namespace, plan: Plan, state: output_dir.State, mine: Manifest, terms: dict
 ) -> tuple[dict[str, ShardResult], Todo]:
     """Take over an earlier run's finished shards: the results that still stand, and what is left to do."""
-    results, todo = {}, Todo([], [], terms)
+    results, todo = {}, Todo([], [], [], {}, terms)
     for shard in plan.shards:
         record = state.manifest.shards.get(shard.name) if shard.name in state.finished else None
-        if record is None or (flags.checksums and not record.get("sha256")):
+        if record is None:
             todo.quantize.append(shard.name)
             continue
         mine.shards[shard.name] = record
-        if result := manifest.from_record(shard.name, record, _verification(flags)):
+        result = manifest.from_record(shard.name, record, _verification(flags))
+        if result and (result.sha256 or not flags.checksums):
             results[shard.name] = result
-        else:
-            todo.verify.append(shard.name)
+            continue
+        todo.verify.append(shard.name)
+        if flags.checksums and not record.get("sha256"):
+            todo.hash.append(shard.name)
+        if sums := manifest.recorded_sums(record):
+            todo.sums[shard.name] = [sums.codes, sums.scales]
     return results, todo
+
+
+def _say_what_is_kept(flags: Namespace, talk: Talk, plan: Plan, todo: Todo) -> None:
+    """What an earlier run has done already."""
+    if not todo.count:
+        done = "finished" if flags.skip_verify else "checked"
+        verdict = "" if flags.skip_verify else ", this is the earlier verdict"
+        talk.warn(f"nothing to do{verdict}, {done} on {manifest.date_of(flags.output_dir)}")
+    elif kept := len(plan.shards) - len(todo.quantize):
+        again = f", {len(todo.verify)} of them to be verified" if todo.verify else ""
+        talk.warn(f"{kept} of {len(plan.shards)} shards are there from an earlier run and kept{again}")
+
+
+def _progress(flags: Namespace, plan: Plan, todo: Todo) -> Progress:
+    total = sum(s.input_bytes for s in plan.shards if s.name in todo.quantize)
+    total += sum(s.size for s in plan.shards if s.name in todo.verify)
+    return Progress(total, [s.name for s in plan.shards], todo.count, todo.verify, flags.quiet)
 
 
 def _work(flags: Namespace, plan: Plan, ranks: Ranks, settings, todo: Todo) -> list:
@@ -217,9 +297,16 @@ def _work(flags: Namespace, plan: Plan, ranks: Ranks, settings, todo: Todo) -> l
     shards, check = {s.name: s for s in plan.shards}, planned_check(flags, settings)
     units = divide([shards[name] for name in todo.quantize], ranks.world, flags.checksums)
     for shard in (shards[name] for name in todo.verify):
-        path = flags.output_dir / shard.name
-        units.append(ToCheck(shard.name, shard.size, check and check(shard, path), shard.source))
+        name, path = shard.name, flags.output_dir / shard.name
+        hashed = path if name in todo.hash else None
+        sums = Sums(*todo.sums[name]) if name in todo.sums else None
+        units.append(ToCheck(name, shard.size, check and check(shard, path), shard.sources, hashed, sums))
     return units
+
+
+def _written_last(plan: Plan) -> dict[str, bytes]:
+    """The index and config.json, in the order in which they are written."""
+    return {INDEX: to_json(plan.index()), CONFIG: to_json(plan.config())}
 
 
 def _finish(flags: Namespace, plan: Plan, results: dict[str, ShardResult]) -> None:
@@ -227,11 +314,15 @@ def _finish(flags: Namespace, plan: Plan, results: dict[str, ShardResult]) -> No
     folder, checkpoint = flags.output_dir, plan.checkpoint
     for relative in checkpoint.extra_files:
         copy_file(checkpoint.root / relative, folder / relative)
-    if flags.checksums:
-        lines = "".join(f"{results[s.name].sha256}  {s.name}\n" for s in plan.shards)
-        write_file(folder / output_dir.CHECKSUMS, lines.encode())
-    write_file(folder / INDEX, to_json(plan.index()))
-    if any(r.problems for r in results.values()):
+    failed = any(r.problems for r in results.values())
+    last = _written_last(plan)
+    if failed:
+        del last[CONFIG]
+    if flags.checksums or os.path.lexists(folder / output_dir.CHECKSUMS):
+        known = {s.name: results[s.name].sha256 for s in plan.shards}
+        known |= {name: hashlib.sha256(data).hexdigest() for name, data in last.items()}
+        checksums.write(folder, {name: digest for name, digest in known.items() if digest})
+    if failed:
         output_dir.unpublish(folder)
-    else:
-        write_file(folder / CONFIG, to_json(plan.config()))
+    for name, data in last.items():
+        write_file(folder / name, data)

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from fp8lib.checkpoint.layout import ShardPlan
 from fp8lib.streaming.devices import make_current
 from fp8lib.streaming.lanes import Lane, ReadAhead
 from fp8lib.streaming.shard_job import Check, Settings, ShardJob, Task
+from fp8lib.streaming.sums import Sums
 from fp8lib.streaming.units import Unit
 
 _IN_FLIGHT = 4
@@ -30,13 +32,17 @@ class ToCheck:
     Attributes:
         name, size: of the file.
         check: what to do with it, or None.
-        source: the input shard all of it was made from, if that is known.
+        sources: the input shards it was made from, as far as they are known.
+        hashed: where it is, to take its digest; None if that is not asked for.
+        sums: what its codes and scales add up to, if that is known.
     """
 
     name: str
     size: int
     check: Check | None
-    source: Shard | None = None
+    sources: tuple[Shard, ...] = ()
+    hashed: Path | None = None
+    sums: Sums | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +52,7 @@ class Done:
     Attributes:
         name, size: of the file.
         sha256: of the file, or None if it was not asked for.
+        sums: what its codes and scales added up to when they were written, None if that is not known.
         check: what looked at it, or None.
         final: False if the check is still to come.
     """
@@ -53,6 +60,7 @@ class Done:
     name: str
     size: int
     sha256: str | None
+    sums: Sums | None
     check: Check | None
     final: bool
 
@@ -63,9 +71,11 @@ class Scheduler:
     Args:
         output: directory of the output.
         settings: how shards are processed.
-        on_bytes: called with (shard's name, input bytes done since the last call).
+        on_bytes: called with (shard's name, bytes done since the last call): of the input, or of the file
+            that is only checked.
         is_last_part: called from the committing thread when a part is durable.
         check: makes the check of a shard that was just completed; None for no checks.
+        add_up: adds the sums of one of several parts to the others', and returns those of all so far.
     """
 
     def __init__(
@@ -75,12 +85,14 @@ class Scheduler:
         on_bytes: Callable[[str, int], None],
         is_last_part: Callable[[Unit], bool],
         check: Callable[[ShardPlan, Path], Check] | None,
+        add_up: Callable[[Unit, Sums], Sums],
     ) -> None:
         self.output = output
         self.settings = settings
         self.on_bytes = on_bytes
         self.is_last_part = is_last_part
         self.check = check
+        self.add_up = add_up
         self.workers = ThreadPoolExecutor(
             settings.workers, "worker", initializer=make_current, initargs=(settings.device,)
         )
@@ -147,7 +159,7 @@ class Scheduler:
 
     def _start(self, unit: Unit) -> None:
         plan = unit.plan
-        job = ShardJob(plan.name, plan.size, self.settings, source=plan.source, unit=unit)
+        job = ShardJob(plan.name, plan.size, self.settings, sources=plan.sources, unit=unit)
         self.jobs.append(job)
         job.refuse_changed()
         job.open_output(self.output)
@@ -166,7 +178,8 @@ class Scheduler:
                 yield from self._submit_one(job, *task)
 
     def _check_complete(self, item: ToCheck) -> Iterator[Done]:
-        job = ShardJob(item.name, item.size, self.settings, source=item.source, check=item.check)
+        job = ShardJob(item.name, item.size, self.settings, sources=item.sources, check=item.check)
+        job.hashed, job.sums = item.hashed, item.sums
         self.jobs.append(job)
         yield from self._check(job)
 
@@ -177,7 +190,8 @@ class Scheduler:
     def _check(self, job: ShardJob) -> Iterator[Done]:
         """Start checking a shard that is complete on disk."""
         job.stage = "check"
-        yield from self._submit(job, job.check.tasks(job.files, self.ahead) if job.check else ())
+        found = job.check.tasks(job.files, self.ahead) if job.check else ()
+        yield from self._submit(job, chain(found, job.hash_tasks(self.ahead)))
 
     def _submit(self, job: ShardJob, tasks: Iterable[Task]) -> Iterator[Done]:
         job.all_submitted = False
@@ -203,7 +217,16 @@ class Scheduler:
         job, future, then = self.in_flight.popleft()
         then(future.result())
         job.outstanding -= 1
+        if job.unit is None:
+            self._report(job, job.files.bytes_read(self.output / job.name))
         self._advance(job)
+
+    def _report(self, job: ShardJob, nbytes: int) -> None:
+        """Tell progress how much of a shard that is only checked was looked at."""
+        nbytes = min(nbytes, job.size)  # scales are read twice
+        if nbytes > job.reported:
+            self.on_bytes(job.name, nbytes - job.reported)
+            job.reported = nbytes
 
     def _advance(self, job: ShardJob) -> None:
         """Move a shard to its next stage once nothing of the present one is under way."""
@@ -213,9 +236,13 @@ class Scheduler:
         if job.stage == "quantize":
             job.refuse_broken()
             job.finish_checksum()
-            commit = self.committer.submit(job.make_durable, self.is_last_part)
+            commit = self.committer.submit(job.make_durable, self.is_last_part, self.add_up)
             self.committing.append((job, commit))
         else:
+            if job.hashed is not None:
+                job.finish_checksum()
+            if job.unit is None:
+                self._report(job, job.size)  # a sample leaves out most of it
             self._close(job)
             self.done.append(self._done(job, final=True))
 
@@ -241,7 +268,7 @@ class Scheduler:
 
     @staticmethod
     def _done(job: ShardJob, final: bool) -> Done:
-        return Done(job.name, job.size, job.sha256, job.check if final else None, final)
+        return Done(job.name, job.size, job.sha256, job.sums, job.check if final else None, final)
 
     def _results(self) -> Iterator[Done]:
         while self.done:

@@ -4,10 +4,11 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from fp8lib.checkpoint.layout import PAGE, Matrix, Passthrough, ShardPlan
+from fp8lib.checkpoint.layout import PAGE, Matrix, Passthrough, Rewritten, ShardPlan
 from fp8lib.numerics.blocks import BLOCK, blocks
 
-_COPY_PIECE = 4 * 1024 * 1024
+COPY_PIECE = 4 * 1024 * 1024
+"""Bytes of a tensor that is kept, or of a file, that are read at a time."""
 _UNITS_PER_RANK = 20
 """With 64 ranks the busiest has 5 % more than the mean then, 8 % with 10 (benchmarks/scale.py)."""
 _SMALLEST_UNIT = 16 * 1024 * 1024
@@ -18,6 +19,9 @@ Rows = tuple[Matrix, int, int]
 """Some rows of a matrix: it, the first of them, a multiple of 128, and the one behind the last."""
 Bytes = tuple[Passthrough, int, int]
 """Some bytes of a tensor that is kept, in the same way."""
+RewrittenRows = tuple[Rewritten, int, int]
+"""Some rows of a matrix that does not become FP8."""
+Piece = Rows | Bytes | RewrittenRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,20 +53,22 @@ def divide(shards: list[ShardPlan], ranks: int, whole: bool) -> list[Unit]:
     return units
 
 
-def pieces(unit: Unit, weights: int) -> list[Rows | Bytes]:
+def pieces(unit: Unit, weights: int) -> list[Piece]:
     """A unit's share of its shard's pieces, in the order of the output file.
 
     Returns:
-        (matrix, first row, last) of about `weights` weights each; (tensor that is kept, first byte, last).
+        (matrix, first row, last) of about `weights` weights each; (tensor that is kept, first byte, last);
+        (matrix that is rewritten, first row, last).
     """
     plan = unit.plan
     found: list = [(item, *span) for item in plan.passthrough for span in _byte_ranges(item)]
-    found += [(m, *span) for m in plan.matrices for span in row_ranges(m.rows, m.columns, weights)]
-    found.sort(key=lambda piece: _output_start(*piece[:2]))
+    matrices = (*plan.matrices, *plan.rewritten)
+    found += [(m, *span) for m in matrices for span in row_ranges(m.rows, m.columns, weights)]
+    found.sort(key=lambda piece: output_start(*piece[:2]))
     return found[len(found) * unit.part // unit.parts : len(found) * (unit.part + 1) // unit.parts]
 
 
-def batches(found: Iterable[Rows | Bytes], weights: int) -> Iterator[list[Rows | Bytes]]:
+def batches(found: Iterable[Piece], weights: int) -> Iterator[list[Piece]]:
     """Put pieces together whose bytes follow each other in the input, and in the output, too.
 
     Args:
@@ -70,12 +76,13 @@ def batches(found: Iterable[Rows | Bytes], weights: int) -> Iterator[list[Rows |
         weights: most that a batch of several pieces holds; 0 for batches of one.
 
     Yields:
-        Rows of one dtype, of one matrix or several; or one span of bytes.
+        Rows of one dtype, of one matrix or several; or one span of bytes; or rows that are
+        rewritten, of one matrix.
     """
-    batch: list[Rows | Bytes] = []
+    batch: list[Piece] = []
     held = 0
     for piece in found:
-        count = 0 if isinstance(piece[0], Passthrough) else (piece[2] - piece[1]) * piece[0].columns
+        count = (piece[2] - piece[1]) * piece[0].columns if isinstance(piece[0], Matrix) else 0
         if batch and not (count and held + count <= weights and _adjoin(batch[-1], piece)):
             yield batch
             batch, held = [], 0
@@ -85,7 +92,7 @@ def batches(found: Iterable[Rows | Bytes], weights: int) -> Iterator[list[Rows |
         yield batch
 
 
-def _adjoin(before: Rows | Bytes, behind: Rows) -> bool:
+def _adjoin(before: Piece, behind: Rows) -> bool:
     """Whether rows follow others in the input, and their codes and scales in the output."""
     (matrix, _, last), (other, first, _) = before, behind
     return (
@@ -97,9 +104,10 @@ def _adjoin(before: Rows | Bytes, behind: Rows) -> bool:
     )
 
 
-def input_start(matrix: Matrix, row: int) -> int:
+def input_start(matrix: Matrix | Rewritten, row: int) -> int:
     """Where a row begins in the input shard; a matrix's end for the one behind its last."""
-    return matrix.start + row * matrix.input_row_bytes
+    start = matrix.source.start if isinstance(matrix, Rewritten) else matrix.start
+    return start + row * matrix.input_row_bytes
 
 
 def codes_start(matrix: Matrix, row: int) -> int:
@@ -112,9 +120,12 @@ def scales_start(matrix: Matrix, row: int) -> int:
     return matrix.scale.start + blocks(row) * blocks(matrix.columns) * 2
 
 
-def _output_start(item: Matrix | Passthrough, first: int) -> int:
+def output_start(item: Matrix | Passthrough | Rewritten, first: int) -> int:
+    """Where a piece begins in the output shard: at a byte of what is kept, at a row of another."""
     if isinstance(item, Passthrough):
         return item.output.start + first
+    if isinstance(item, Rewritten):
+        return item.start + first * item.row_bytes
     return codes_start(item, first)
 
 
@@ -134,5 +145,5 @@ def _byte_ranges(item: Passthrough) -> Iterator[tuple[int, int]]:
     first_page = min(-item.output.start % PAGE, size)
     if first_page:
         yield 0, first_page
-    for first in range(first_page, size, _COPY_PIECE):
-        yield first, min(first + _COPY_PIECE, size)
+    for first in range(first_page, size, COPY_PIECE):
+        yield first, min(first + COPY_PIECE, size)
