@@ -104,6 +104,12 @@ def _unit() -> torch.Tensor:
     return torch.stack(found, dim=-1).view(-1, SHARE, len(found))
 
 
+@table
+def _unit_errors() -> torch.Tensor:
+    """|v - r| of the bins of a block whose scale is 1, float32 [1, BINS - 1]."""
+    return _unit(torch.device("cpu"))[..., ABSOLUTE].reshape(1, -1).float()
+
+
 def sums_under_powers(counts: torch.Tensor, powers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums of `terms` over the weights of blocks under power-of-two scales.
 
@@ -120,7 +126,7 @@ def sums_under_powers(counts: torch.Tensor, powers: torch.Tensor) -> tuple[torch
     s = powers.double().unsqueeze(-1)
     one = torch.ones_like(s)
     units = torch.cat([s * s, s * s, s, s * s, one, one], dim=-1)
-    max_abs = _largest(counts, unit[..., ABSOLUTE].reshape(1, -1).float())
+    max_abs = _largest(counts, _unit_errors(counts.device))
     return found * units, max_abs.double() * powers.double().view(-1)
 
 
