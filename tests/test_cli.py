@@ -597,12 +597,33 @@ def test_a_terminal_gets_colour_unless_no_color_is_set(
     assert result.err == ""
 
 
+def before_the_end(result: Result, output: Path) -> str:
+    """Stderr without the last lines of a run, the first of which begins with the output directory."""
+    return result.err.partition(f"{output}: ")[0].rstrip()
+
+
+def test_a_run_ends_with_sizes_time_and_commands_to_serve_it(
+    checkpoint: Callable, tmp_path: Path, cli: Callable
+) -> None:
+    output = tmp_path / "it's out"
+    command = ("--input_dir", checkpoint("moe", shards=2), "--output_dir", output)
+    first, *rest = cli(*command).err.splitlines()[-4:]
+    assert re.fullmatch(rf"{re.escape(str(output))}: [\d.]+MB -> [\d.]+MB in \d+(\.\d)? s", first)
+    quoted = f"'{tmp_path}/it'\"'\"'s out'"
+    assert rest == [
+        "To serve it on GPUs of 80GB:",
+        f"  vllm serve {quoted} --tensor-parallel-size 1",
+        f"  python -m sglang.launch_server --model-path {quoted} --tp 1",
+    ]
+    assert "vllm serve" not in cli(*command).err  # nothing was quantized
+
+
 def test_a_terminal_gets_a_bar_over_bytes_and_a_file_gets_none(small: Path, tmp_path: Path) -> None:
     result = in_terminal(
         "--input_dir", small, "--output_dir", tmp_path / "out", stdout=False, stderr=True, env={}
     )
     assert result.rc == 0
-    last = result.err.rstrip().rsplit("\r", 1)[-1]
+    last = before_the_end(result, tmp_path / "out").rsplit("\r", 1)[-1]
     assert last.startswith("model.safetensors: 100%")
     assert "B/s" in last
     # Summary and progress do not mix, whatever happens to one of them.
@@ -623,14 +644,15 @@ def test_the_bar_keeps_its_bar_rate_and_time_at_every_width(
     flags = ["--input_dir", checkpoint("text", shards=2), "--output_dir", tmp_path / "out", "--workers", 1]
     result = in_terminal(*flags, stdout=False, stderr=True, env={}, columns=columns)
     assert result.rc == 0
-    last = result.err.rstrip().rsplit("\r", 1)[-1]
+    progress = before_the_end(result, tmp_path / "out")
+    last = progress.rsplit("\r", 1)[-1]
     found = BAR.match(last)
     assert found, last
     assert (found["label"], found["percent"]) == (label, "100")
     # A fifth of a narrow terminal; the rest is the label, the rate and a time such as 1:23:45.
     assert len(found["bar"]) >= columns / 5
     assert re.search(r"\d\d:\d\d", last)
-    assert max(len(line) for line in re.split(r"[\r\n]", result.err)) <= columns
+    assert max(len(line) for line in re.split(r"[\r\n]", progress)) <= columns
 
 
 def test_verifying_alone_gets_a_bar_over_the_bytes_of_the_directory(small: Path, tmp_path: Path) -> None:
@@ -652,7 +674,7 @@ def test_shards_of_an_earlier_run_are_kept_and_not_counted_as_done_again(
     command = ("--input_dir", source, "--output_dir", out)
     assert cli(*command).rc == 0
     (out / "model-00001-of-00002.safetensors").unlink()
-    again = cli(*command).err.splitlines()
+    again = before_the_end(cli(*command), out).splitlines()
     kept = "note: 1 of 2 shards are there from an earlier run and kept"
     assert again == [kept, "[2/2] model-00001-of-00002.safetensors"]
     (out / "model-00001-of-00002.safetensors").unlink()
@@ -685,7 +707,8 @@ def test_piped_output_is_plain_text_with_a_line_per_shard(
 ) -> None:
     result = run("--input_dir", checkpoint("text", shards=2), "--output_dir", tmp_path / "out")
     assert result.rc == 0
-    assert result.err.splitlines() == [f"[{i}/2] model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    progress = before_the_end(result, tmp_path / "out").splitlines()
+    assert progress == [f"[{i}/2] model-0000{i}-of-00002.safetensors" for i in (1, 2)]
     assert not re.search(r"[\x00-\x09\x0b-\x1f]", result.out + result.err)
     assert "⚠ WARN" in result.out
 

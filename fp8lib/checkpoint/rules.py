@@ -23,6 +23,9 @@ SUPPORTED_MODEL_TYPES = ("qwen3_5", "qwen3_5_moe", "qwen3_5_text", "qwen3_5_moe_
 ELIGIBILITIES = ("toolkit", "official")
 """Sets of modules to quantize, the smaller one first. `official` is what Qwen's own FP8 releases quantize."""
 
+KEPT_DTYPES = {"bfloat16": "BF16"}
+"""What `--kept_dtype` takes -> safetensors' name of it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Selection:
@@ -33,12 +36,15 @@ class Selection:
         keep: fnmatch patterns of module names; the fusion groups they touch are kept. They win over all else.
         quantize: fnmatch patterns of module names; the fusion groups they touch are quantized.
         kept_groups: (fusion group, reason) of groups kept for what their weights are, not for their names.
+        kept_dtype: "BF16" to round kept F32 and F16 tensors to it, but for those that `keeps_precision`
+            names; None to keep all bytes.
     """
 
     eligibility: str = "toolkit"
     keep: tuple[str, ...] = ()
     quantize: tuple[str, ...] = ()
     kept_groups: tuple[tuple[str, str], ...] = ()
+    kept_dtype: str | None = None
 
     def settings(self) -> dict[str, object]:
         """What decides bytes, as JSON, whatever the order of the patterns."""
@@ -46,6 +52,7 @@ class Selection:
             "eligibility": self.eligibility,
             "keep_bf16": sorted(set(self.keep)),
             "quantize": sorted(set(self.quantize)),
+            "kept_dtype": self.kept_dtype,
         }
 
 
@@ -94,6 +101,9 @@ _KEPT = tuple(
         (r"\.bias$", "bias"),
     )
 )
+
+_PRECISE = re.compile(r"norm[^.]*\.(?:weight|bias)$|\.mlp\.gate\.|\.(?:A_log|dt_bias)$")
+"""Norms, routers, the state of linear attention: small, and engines compute with them in F32."""
 
 _PREFIX = re.compile(r"^(?:model\.)?(?:language_model\.)?(?:model\.)?(?=layers\.|mtp\.)")
 
@@ -170,6 +180,11 @@ def reason_kept(tensor: str) -> str:
         if pattern.search(tensor):
             return reason
     return "not a Linear of a decoder layer"
+
+
+def keeps_precision(tensor: str) -> bool:
+    """Whether a kept tensor stays F32 or F16 whatever `--kept_dtype` says."""
+    return bool(_PRECISE.search(tensor))
 
 
 def unservable_shape(group: str, rows: int, columns: int) -> str | None:

@@ -1,5 +1,6 @@
 """Prints the summary of a run."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
@@ -36,6 +37,8 @@ def print_summary(printer: Printer, found: Findings) -> None:
         return
     marks = "  ".join(printer.mark(z, f"{health.counts[z]} {z.name}") for z in Zone)
     printer.line(f"  Spot-checked        : {len(measurements)} of {found.totals.fp8}  ({marks})")
+    if found.looked_at is not None:
+        printer.line(f"  Bytes looked at     : {_share(found.looked_at)} of the shards")
     if outputs := [m.output for m in measurements if m.output is not None]:
         printer.line(f"  Output error        : {output_error.summary(outputs)}")
         repeated = sum(each.repeated == 1 for each in outputs)
@@ -48,6 +51,11 @@ def print_summary(printer: Printer, found: Findings) -> None:
     print_problems(printer, found.problems)
     _print_flagged(printer, health)
     _print_verdict(printer, health)
+
+
+def _share(share: float) -> str:
+    """100 % only for all of it."""
+    return "100 %" if share == 1 else f"{math.floor(share * 1000) / 10:.1f} %"
 
 
 def _print_verdict(printer: Printer, health: Health) -> None:
