@@ -8,6 +8,7 @@ from fp8lib.checkpoint.dequantize_plan import EXPERT_LAYOUTS
 from fp8lib.checkpoint.rules import ELIGIBILITIES, KEPT_DTYPES, Selection
 from fp8lib.command_line import Command, Parser, path, positive
 from fp8lib.numerics.modes import MODES, PHASES, SCALE_FORMATS, Calibration
+from fp8lib.verification.bands import Bands
 
 MODE_FLAGS = (
     ("rms", "--rms_factor"),
@@ -24,12 +25,12 @@ COMPARISON_FLAGS = (
 QUANTIZING_FLAGS = (
     "calib_mode", "scale_format", *(flag[2:] for _, flag in MODE_FLAGS), "activation_stats",
     "eligibility", "keep_bf16", "quantize", "kept_dtype", "rounding", "second_moments", "damping",
-    "lora_dir", "verify_samples", "seed", "compare_outputs", "report",
+    "lora_dir", "verify_samples", "seed", "band", "compare_outputs", "report",
 )  # fmt: skip
 """Flags that mean nothing to --dequantize, which chooses no scales and verifies all that it writes."""
-WRITING_FLAGS = ("overwrite", "activation_stats", "eligibility", "keep_bf16", "quantize", "kept_dtype")
+WRITING_FLAGS = ("overwrite", "eligibility", "keep_bf16", "quantize", "kept_dtype")
 """Flags that --verify_only does not look at."""
-CHECKING_FLAGS = ("verify_samples", "seed")
+CHECKING_FLAGS = ("verify_samples", "seed", "band", "strict")
 """Flags that --skip_verify and --dry_run make idle."""
 
 
@@ -151,6 +152,11 @@ def make_parser() -> Parser:
         "another, against --input_dir",
     )  # fmt: skip
     group.add_argument(
+        "--band", action="append", default=[], metavar="NAME=GOOD,HARD",
+        help="limits of cosine, mae or maxae, such as cosine=0.9995,0.995; repeatable",
+    )  # fmt: skip
+    group.add_argument("--strict", action="store_true", help="exit code 1 for WARN, too")
+    group.add_argument(
         "--report", type=path, action="append", default=[], metavar="FILE",
         help="write what was found to *.json, or as a page to *.html (needs matplotlib, jinja2); twice at "
         "most",
@@ -207,6 +213,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         tuple(flags.quantize),
         kept_dtype=KEPT_DTYPES.get(flags.kept_dtype),
     )
+    flags.bands = Bands.parse(flags.band)
     flags.calibration = Calibration(
         mode=flags.calib_mode,
         rms_factor=flags.rms_factor,
@@ -282,11 +289,10 @@ def _samples(text: str) -> int | None:
 
 
 def _run(flags: argparse.Namespace) -> int:
-    from fp8lib.job.run import run
+    from fp8lib.job.run import exit_code, run
     from fp8lib.terminal import Talk
-    from fp8lib.verification.health import Zone
 
-    return 1 if run(flags, Talk.to_terminal(flags.quiet)) is Zone.FAIL else 0
+    return exit_code(flags, run(flags, Talk.to_terminal(flags.quiet)))
 
 
 COMMAND = Command(

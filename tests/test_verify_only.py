@@ -151,7 +151,7 @@ def test_the_output_of_this_tool(original: Path, quantized: Callable, verify: Ca
     assert result.err.splitlines() == [f"[{i}/2] model-0000{i}-of-00002.safetensors" for i in (1, 2)]
     state = tensors(folder)
     fp8 = [name for name, tensor in state.items() if tensor.dtype == FP8]
-    assert count(result, "FP8 weight tensors") == count(result, "Spot-checked") == len(fp8) == MATRICES
+    assert count(result, "FP8 weight tensors") == count(result, "Checked") == len(fp8) == MATRICES
     assert f"{MATRICES} of {MATRICES}  (" in result.out
     assert count(result, "Passthrough tensors") == len(state) - 2 * len(fp8)
     assert "rms(k=3" in result.out  # what the manifest knows
@@ -185,7 +185,7 @@ def test_it_writes_nothing_and_needs_no_leave_to(finished: Path, original: Path,
 def test_an_official_release_with_float32_scales(original: Path, official: Path, verify: Callable) -> None:
     result = verify(original, official, "--verify_samples", "all")
     assert result.rc == 0, result.out
-    assert count(result, "FP8 weight tensors") == count(result, "Spot-checked") == MATRICES
+    assert count(result, "FP8 weight tensors") == count(result, "Checked") == MATRICES
     assert "unknown" in result.out  # nobody knows how it was calibrated
     cosines = re.search(r"cosine sim\s+(\S+)", result.out)
     assert 0.9995 < float(cosines[1]) < 0.9998  # plain max scaling of Gaussian weights: 0.99965
@@ -199,7 +199,7 @@ def test_a_release_that_quantized_what_the_rules_keep(
     relist(official)
     result = verify(original, official, "--verify_samples", "all")
     assert result.rc == 0, result.out
-    assert count(result, "Spot-checked") == MATRICES + len(kept)
+    assert count(result, "Checked") == MATRICES + len(kept)
 
 
 def test_a_release_that_kept_what_the_rules_quantize(
@@ -220,7 +220,7 @@ def test_a_release_that_kept_what_the_rules_quantize(
     relist(official)
     result = verify(original, official, "--verify_samples", "all")
     assert result.rc == 0, result.out
-    assert count(result, "Spot-checked") == MATRICES - len(keep)
+    assert count(result, "Checked") == MATRICES - len(keep)
 
 
 @pytest.mark.parametrize(
@@ -276,7 +276,7 @@ def test_every_layout_of_the_original(
     source = checkpoint(MODEL[0], **{**MODEL[1], **arguments})
     result = verify(source, quantized(source), "--verify_samples", "all")
     assert result.rc == 0, result.out
-    assert count(result, "Spot-checked") == MATRICES
+    assert count(result, "Checked") == MATRICES
 
 
 def test_edge_blocks(checkpoint: Callable, quantized: Callable, verify: Callable) -> None:
@@ -297,7 +297,7 @@ def test_without_a_manifest_and_cut_into_other_files(
     result = verify(original, finished, "--verify_samples", "all")
     assert result.rc == 0, result.out
     assert count(result, "Shards processed") == 1
-    assert count(result, "Spot-checked") == MATRICES
+    assert count(result, "Checked") == MATRICES
 
 
 # --- directories that are wrong ----------------------------------------------------------------

@@ -22,7 +22,7 @@ from fp8lib.checkpoint.plan import to_json
 from fp8lib.checkpoint.untrusted import open_regular, printable, read_json
 from fp8lib.streaming.sums import Sums
 from fp8lib.streaming.writer import refusing_disk_errors, write_file
-from fp8lib.verification.health import Measurement
+from fp8lib.verification.measurement import Measurement
 from fp8lib.verification.output_error import OutputError
 
 MANIFEST = "fp8_quantization.json"
@@ -41,6 +41,7 @@ class ShardResult:
         measurements: of the matrices that were spot-checked.
         problems: structural deviations, one line each.
         final: False for a shard that is complete on disk and still to be verified.
+        damaged: whether codes or scales in it are not what the tool gives.
         sums: of its codes and scales as they were written; None if that is not known.
         looked_at: bytes of it that were verified.
     """
@@ -51,6 +52,7 @@ class ShardResult:
     measurements: tuple[Measurement, ...]
     problems: tuple[str, ...]
     final: bool = True
+    damaged: bool = False
     sums: Sums | None = None
     looked_at: int = 0
 
@@ -203,6 +205,7 @@ def to_record(result: ShardResult, verification: dict | None) -> dict:
         "verification": verification,
         "measurements": [_plain(asdict(m)) for m in result.measurements],
         "problems": list(result.problems),
+        "damaged": result.damaged,
     }
 
 
@@ -215,7 +218,14 @@ def from_record(name: str, record: dict, verification: dict | None) -> ShardResu
         problems = tuple(map(printable, record["problems"]))
         sums, looked_at = recorded_sums(record), int(record["looked_at"])
         return ShardResult(
-            name, record["size"], record["sha256"], measurements, problems, sums=sums, looked_at=looked_at
+            name,
+            record["size"],
+            record["sha256"],
+            measurements,
+            problems,
+            damaged=bool(record["damaged"]),
+            sums=sums,
+            looked_at=looked_at,
         )
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
         return None

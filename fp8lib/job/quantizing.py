@@ -127,6 +127,7 @@ def _findings(
         label=label,
         covered=covered,
         loading=tensor_parallel(plan.outputs(), plan.config()),
+        damaged=[r.name for r in ordered if r.damaged],
         looked_at=sum(r.looked_at for r in ordered) / sum(s.size for s in plan.shards),
         adapters=plan.adapters.fingerprints if plan.adapters else (),
     )

@@ -20,13 +20,14 @@ from fp8lib.checkpoint.merged_plan import with_adapters
 from fp8lib.checkpoint.plan import Plan, make_plan
 from fp8lib.checkpoint.rules import keeps_precision
 from fp8lib.checkpoint.untrusted import printable
-from fp8lib.job import dry_run, manifest, output_dir
+from fp8lib.job import claims, dry_run, manifest, output_dir
 from fp8lib.job.manifest import ShardResult
 from fp8lib.job.progress import Progress
 from fp8lib.job.ranks import Ranks
 from fp8lib.job.rounding import SecondMomentsUse, moments_for
 from fp8lib.terminal import Talk, size
 from fp8lib.verification import report
+from fp8lib.verification.claim import Claim
 from fp8lib.verification.findings import Findings
 from fp8lib.verification.health import Zone, judge
 
@@ -75,8 +76,13 @@ def run(flags: Namespace, talk: Talk) -> Zone:
         ranks.fail(error)
         ranks.leave()
         raise
-    ranks.leave(exit_code=1 if verdict is Zone.FAIL else 0)
+    ranks.leave(exit_code=exit_code(flags, verdict))
     return verdict
+
+
+def exit_code(flags: Namespace, verdict: Zone) -> int:
+    """1 for FAIL, and with --strict for WARN."""
+    return int(verdict is Zone.FAIL or (flags.strict and verdict is Zone.WARN))
 
 
 def plan_for(flags: Namespace, talk: Talk) -> tuple[Plan, Statistics | None, int | None]:
@@ -187,6 +193,7 @@ def settings_for(
 def shard_check(
     flags: Namespace,
     settings,
+    claim: Claim,
     name: str,
     pairs: Sequence,
     problems: Sequence[str],
@@ -205,6 +212,7 @@ def shard_check(
         list(problems),
         flags.verify_samples,
         flags.seed,
+        claim,
         getattr(settings.convert, "factors", None),
         settings.merge,
         tuple(merged),
@@ -221,6 +229,8 @@ def planned_check(flags: Namespace, settings) -> Callable | None:
     from fp8lib.verification.pairing import planned_kept, planned_pairs, structural_problems
     from fp8lib.verification.restored import RestoredCheck, planned_restored
 
+    claim = None if flags.dequantize else claims.of_run(flags, settings)
+
     def check(plan: ShardPlan, path: Path):
         problems, rewritten = structural_problems(plan, path), planned_restored(plan, path)
         if flags.dequantize:
@@ -228,6 +238,7 @@ def planned_check(flags: Namespace, settings) -> Callable | None:
         return shard_check(
             flags,
             settings,
+            claim,
             plan.name,
             planned_pairs(plan, path),
             problems,
@@ -314,11 +325,13 @@ def _process(flags: Namespace, ranks: Ranks, settings, work: list, on_bytes) -> 
         for done in shards:
             result = ShardResult(done.name, done.size, done.sha256, (), (), done.final, sums=done.sums)
             if check := done.check:
-                problems = check.found_problems(done.sums)
+                measurements = check.measurements()
+                damage = check.damage(measurements)
                 result = replace(
                     result,
-                    measurements=check.measurements(),
-                    problems=problems,
+                    measurements=measurements,
+                    problems=(*check.found_problems(done.sums), *damage),
+                    damaged=bool(damage),
                     looked_at=check.looked_at,
                 )
             yield result
@@ -327,7 +340,14 @@ def _process(flags: Namespace, ranks: Ranks, settings, work: list, on_bytes) -> 
 def summarize(flags: Namespace, talk: Talk, found: Findings) -> Findings:
     """Judge what was found, unless verification was skipped, and print the summary; returns it, judged."""
     if not flags.skip_verify:
-        health = judge(found.measurements, found.problems, found.calibration, found.finished)
-        found = replace(found, health=health)
+        health = judge(
+            found.measurements,
+            found.problems,
+            found.calibration,
+            found.finished,
+            flags.bands,
+            found.damaged,
+        )
+        found = replace(found, health=health, bands=flags.bands)
     report.print_summary(talk.printer, found)
     return found

@@ -14,7 +14,7 @@ from fp8lib.checkpoint.matching import mismatches
 from fp8lib.checkpoint.rules import fusion_group
 from fp8lib.checkpoint.tensor_parallel import tensor_parallel
 from fp8lib.checkpoint.untrusted import printable
-from fp8lib.job import checksums, manifest, recorded
+from fp8lib.job import checksums, claims, manifest, recorded
 from fp8lib.job.manifest import Manifest, ShardResult
 from fp8lib.job.progress import Progress
 from fp8lib.job.ranks import Ranks
@@ -24,6 +24,7 @@ from fp8lib.numerics.modes import Calibration
 from fp8lib.streaming.sums import Origin
 from fp8lib.terminal import Talk
 from fp8lib.verification import directory_check
+from fp8lib.verification.claim import Claim
 from fp8lib.verification.findings import Findings, Totals
 from fp8lib.verification.health import Zone
 
@@ -44,11 +45,14 @@ def verify_only(flags: Namespace, talk: Talk, ranks: Ranks) -> tuple[Zone, Findi
     original, quantized = open_checkpoint(flags.input_dir), open_finished(flags.output_dir)
     adapters = open_adapters(flags.lora_dir, original) if flags.lora_dir else None
     weights = ((name, t.shape[1]) for name, t in _matrices(quantized))
-    settings = settings_for(flags, None, ranks, open_moments(flags, weights), adapters)
+    moments = open_moments(flags, weights)
+    settings = settings_for(flags, None, ranks, moments, adapters)
     pairings = pair_directories(original, quantized)
     earlier, damaged = _earlier_run(flags, talk, original, adapters)
     listed, unreadable = recorded.listed_digests(flags.output_dir)
-    work = _work(flags, settings, pairings, earlier, listed, original, adapters)
+    known = earlier if earlier and claims.applies(earlier, original, adapters) else None
+    claim = claims.of_manifest(flags, settings, moments, known, (p for each in pairings for p in each.pairs))
+    work = _work(flags, settings, claim, pairings, earlier, listed, original, adapters)
     if not ranks.is_main:
         work_for_main(flags, ranks, settings, work)
         return agree_on(ranks, None)
@@ -65,13 +69,14 @@ def verify_only(flags: Namespace, talk: Talk, ranks: Ranks) -> tuple[Zone, Findi
     ordered[0] = replace(ordered[0], problems=(*others, *ordered[0].problems))
     if flags.checksums and not any(r.problems for r in ordered):
         checksums.write(flags.output_dir, {name: digest for name, digest in digests.items() if digest})
-    found = _findings(flags, talk, quantized, pairings, ordered, earlier, adapters)
+    found = _findings(flags, talk, claim, quantized, pairings, ordered, earlier, adapters)
     return agree_on(ranks, summarize(flags, talk, found))
 
 
 def _work(
     flags: Namespace,
     settings,
+    claim: Claim,
     pairings: Sequence,
     earlier: Manifest | None,
     listed: Mapping[str, str],
@@ -92,6 +97,7 @@ def _work(
         check = shard_check(
             flags,
             settings,
+            claim,
             shard.name,
             each.pairs,
             each.problems,
@@ -133,6 +139,7 @@ def _other_problems(
 def _findings(
     flags: Namespace,
     talk: Talk,
+    claim: Claim,
     quantized: Checkpoint,
     pairings: Sequence,
     ordered: list[ShardResult],
@@ -148,26 +155,26 @@ def _findings(
         totals=Totals(len(ordered), failed, fp8, len(outputs) - 2 * fp8, merged),
         measurements=[m for r in ordered for m in r.measurements],
         problems=[p for r in ordered for p in r.problems],
-        calibration=_calibration(flags, talk, str(used), ordered),
+        calibration=_calibration(flags, talk, str(used), claim),
         label=f"{printable(used or 'unknown')} (verify only)",
         covered=None,
         loading=tensor_parallel(outputs, quantized.config),
+        damaged=[r.name for r in ordered if r.damaged],
         finished=True,
         looked_at=sum(r.looked_at for r in ordered) / sum(s.size for s in quantized.shards),
         adapters=adapters.fingerprints if adapters else (),
     )
 
 
-def _calibration(flags: Namespace, talk: Talk, used: str, results: list[ShardResult]) -> Calibration:
+def _calibration(flags: Namespace, talk: Talk, used: str, claim: Claim) -> Calibration:
     """How scales were chosen, as the manifest says it; else as the flags say, and as scales show.
 
-    Advice is for that mode. What engines change are no powers of two.
+    Advice is for that mode.
     """
     try:
         calibration = Calibration.parse(used)
     except Fp8Error:
-        changed = any(m.requantized for r in results for m in r.measurements)
-        return replace(flags.calibration, scale_format="bf16" if changed else "ue8m0")
+        return replace(flags.calibration, scale_format="ue8m0" if claim.powers_of_two else "bf16")
     if flags.calibration not in (calibration, Calibration()):
         talk.warn(f"scales were chosen by {calibration}; flags that say another mode have no effect")
     return calibration

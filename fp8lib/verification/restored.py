@@ -67,6 +67,10 @@ class RestoredCheck:
         """All deviations, one line each."""
         return tuple(self.problems)
 
+    def damage(self, _: object) -> list[str]:
+        """None: whatever is wrong is a problem."""
+        return []
+
     def measurements(self) -> tuple:
         """None: what comes back in full has lost nothing, and the rest is a problem."""
         return ()

@@ -23,9 +23,10 @@ from fp8lib.streaming.rewrite import Merge, merge_batch
 from fp8lib.streaming.shard_job import Task
 from fp8lib.streaming.sums import Origin, Sums
 from fp8lib.streaming.units import row_ranges
-from fp8lib.verification.health import Measurement
+from fp8lib.verification.claim import Claim
 from fp8lib.verification.kept import KeptCheck
 from fp8lib.verification.measure import Errors, combine, measure_all
+from fp8lib.verification.measurement import Measurement
 from fp8lib.verification.pairing import Extent, Kept, Pair
 from fp8lib.verification.reading import AT_A_TIME, PIECE, read_values
 from fp8lib.verification.restored import Restored, compare
@@ -48,6 +49,7 @@ class ShardCheck:
         problems: structural deviations, one line each; what is known before, and what the check adds.
         samples: matrices to measure; None for all.
         seed: of the random sample.
+        claim: what codes and scales should be.
         factors: of second moments, to judge matrices by their outputs; None for none.
         merge: what adapters make of the originals, or None.
         merged: kept tensors that adapters change; a sample of them is compared, byte for byte.
@@ -65,6 +67,7 @@ class ShardCheck:
     problems: list[str]
     samples: int | None
     seed: int
+    claim: Claim
     factors: "Factors | None" = None
     merge: Merge | None = None
     merged: Sequence[Restored] = ()
@@ -94,7 +97,8 @@ class ShardCheck:
         pieces = ((p, *span) for p in sampled for span in row_ranges(p.rows, p.columns, PIECE))
         for batch in _batches(pieces, AT_A_TIME[ahead.device.type]):
             read = ahead.submit(_read_rows, files, batch, self.merge)
-            yield partial(_measure, batch=batch, read=read, origin=origin), partial(self._add, batch)
+            task = partial(_measure, batch=batch, read=read, claim=self.claim, origin=origin)
+            yield task, partial(self._add, batch)
         for pair in sampled:
             yield from self._output_tasks(pair, files, ahead)
         merged = sample(self.merged, self.samples, self.seed, self.name)
@@ -139,6 +143,17 @@ class ShardCheck:
 
             found[name] = replace(found[name], output=combine_outputs(pieces))
         return tuple(found.values())
+
+    def damage(self, measurements: Sequence[Measurement]) -> list[str]:
+        """What in the shard is not what it should be, by its measurements: at most one line."""
+        by_codes = [m for m in measurements if self.claim.nearest and m.output is None and m.not_nearest]
+        by_scales = [m for m in measurements if m.other_scales]
+        if not (wrong := by_codes + by_scales):
+            return []
+        codes, scales = sum(m.not_nearest for m in by_codes), sum(m.other_scales for m in by_scales)
+        counts = " and ".join(f"{n:,} {what}" for n, what in ((codes, "codes"), (scales, "scales")) if n)
+        tensors = f"in {len({m.name for m in wrong})} tensors, such as {printable(wrong[0].name)}"
+        return [f"{printable(self.name)}: {counts} are not what this tool gives, {tensors}"]
 
     def _output_tasks(self, pair: Pair, files: Files, ahead: ReadAhead) -> Iterator[Task]:
         """Tasks that measure a matrix by its outputs, if there are second moments for it."""
@@ -236,10 +251,14 @@ def _read_rows(lane: Lane, files: Files, batch: list[_Rows], merge: Merge | None
     )
 
 
-def _measure(lane: Lane, batch: list[_Rows], read: Future, origin: Origin | None) -> tuple[list[Errors], int]:
+def _measure(
+    lane: Lane, batch: list[_Rows], read: Future, claim: Claim, origin: Origin | None
+) -> tuple[list[Errors], int]:
     """The errors of each piece of a batch, and what their codes add up to, if there is an origin."""
-    pieces = _pieces(lane, batch, read)
-    errors = measure_all(pieces)
+    pieces, again = _pieces(lane, batch, read), ()
+    if claim.scales is not None:
+        again = [claim.scales(pair.name, own[0]) for (pair, _, _), own in zip(batch, pieces, strict=True)]
+    errors = measure_all(pieces, claim.powers_of_two, again)
     if origin is None:
         return errors, 0
     sums = [
