@@ -152,15 +152,15 @@ def make_parser() -> Parser:
         "another, against --input_dir",
     )  # fmt: skip
     group.add_argument(
-        "--band", action="append", default=[], metavar="NAME=GOOD,HARD",
-        help="limits of cosine, mae or maxae, such as cosine=0.9995,0.995; repeatable",
-    )  # fmt: skip
-    group.add_argument("--strict", action="store_true", help="exit code 1 for WARN, too")
-    group.add_argument(
         "--report", type=path, action="append", default=[], metavar="FILE",
         help="write what was found to *.json, or as a page to *.html (needs matplotlib, jinja2); twice at "
         "most",
     )  # fmt: skip
+    group.add_argument(
+        "--band", action="append", default=[], metavar="NAME=GOOD,HARD",
+        help="limits of cosine, mae or maxae, such as cosine=0.9995,0.995; repeatable",
+    )  # fmt: skip
+    group.add_argument("--strict", action="store_true", help="exit code 1 for WARN, too")
     group.add_argument("--seed", type=int, default=0, help="of the random sample (%(default)s)")
 
     group = parser.add_argument_group("comparing outputs")

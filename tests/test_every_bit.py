@@ -167,4 +167,4 @@ def test_a_copied_file_that_is_missing_is_named(
     (folder / "tokenizer.json").unlink()
     result = cli("--input_dir", original, "--output_dir", folder, "--verify_only")
     assert result.rc == 1
-    assert "tokenizer.json: missing from the FP8 directory" in result.out
+    assert "tokenizer.json: missing from the directory" in result.out

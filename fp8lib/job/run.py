@@ -223,18 +223,20 @@ def shard_check(
 def planned_check(flags: Namespace, settings) -> Callable | None:
     """(plan, path) -> check of a shard that was written as planned; None if verification is skipped.
 
-    What was copied is read back only where all is to be verified.
+    What was copied is read back only where all is to be verified; of what was merged, a sample.
     """
     from fp8lib.streaming.sums import Origin
     from fp8lib.verification.pairing import planned_kept, planned_pairs, structural_problems
     from fp8lib.verification.restored import RestoredCheck, planned_restored
+    from fp8lib.verification.shard_check import sample
 
     claim = None if flags.dequantize else claims.of_run(flags, settings)
 
     def check(plan: ShardPlan, path: Path):
         problems, rewritten = structural_problems(plan, path), planned_restored(plan, path)
         if flags.dequantize:
-            return RestoredCheck(plan.name, rewritten, problems)
+            kept = planned_kept(plan, path)
+            return RestoredCheck(plan.name, rewritten, problems, kept, len(plan.header))
         return shard_check(
             flags,
             settings,
@@ -242,7 +244,7 @@ def planned_check(flags: Namespace, settings) -> Callable | None:
             plan.name,
             planned_pairs(plan, path),
             problems,
-            rewritten,
+            sample(rewritten, flags.verify_samples, flags.seed, plan.name),
             kept=planned_kept(plan, path) if flags.verify_samples is None else (),
             origin=Origin.of(plan.outputs()),
             header_bytes=len(plan.header),

@@ -52,7 +52,7 @@ def verify_only(flags: Namespace, talk: Talk, ranks: Ranks) -> tuple[Zone, Findi
     listed, unreadable = recorded.listed_digests(flags.output_dir)
     known = earlier if earlier and claims.applies(earlier, original, adapters) else None
     claim = claims.of_manifest(flags, settings, moments, known, (p for each in pairings for p in each.pairs))
-    work = _work(flags, settings, claim, pairings, earlier, listed, original, adapters)
+    work = _work(flags, settings, claim, pairings, earlier, listed, adapters)
     if not ranks.is_main:
         work_for_main(flags, ranks, settings, work)
         return agree_on(ranks, None)
@@ -80,20 +80,18 @@ def _work(
     pairings: Sequence,
     earlier: Manifest | None,
     listed: Mapping[str, str],
-    original: Checkpoint,
     adapters: Adapters | None,
 ) -> list:
     """The shards to check, the same list on every rank."""
     from fp8lib.streaming.scheduler import ToCheck
-    from fp8lib.verification.restored_pairing import pair_merged
+    from fp8lib.verification.restored_pairing import take_merged
 
     work = []
     changes = adapters.changes if adapters else ()
     for each in pairings:
         shard = each.shard
         as_written = earlier is not None and earlier.headers.get(shard.name) == shard.header_sha256
-        merged = pair_merged(original, shard, changes) if adapters else ()
-        changed = [weight.restored.start for weight in merged]
+        merged, kept = take_merged(shard, each.kept, changes)
         check = shard_check(
             flags,
             settings,
@@ -102,7 +100,7 @@ def _work(
             each.pairs,
             each.problems,
             merged,
-            kept=[kept for kept in each.kept if not any(start in kept.span for start in changed)],
+            kept=kept,
             origin=Origin.of(shard.tensors) if as_written else None,
             header_bytes=shard.size - sum(tensor.nbytes for tensor in shard.tensors),
         )
@@ -120,19 +118,27 @@ def _other_problems(
     outputs = (tensor for shard in quantized.shards for tensor in shard.tensors)
     found = directory_check.quantization_problems(quantized.config)
     found += mismatches(outputs, quantized.config)
-    found += directory_check.index_problems(quantized)
     expected = {
         **original.config,
         "quantization_config": quantized.config.get("quantization_config"),
     }
-    found += recorded.recorded_problems(earlier, quantized, expected)
+    found += files_beside(talk, original, quantized, earlier, expected)
+    if not earlier and directory_check.lacks_tokenizer(original, quantized):
+        found.append("tokenizer.json: missing from the directory, and there is no other tokenizer in it")
+    return found
+
+
+def files_beside(
+    talk: Talk, original: Checkpoint, finished: Checkpoint, earlier: Manifest | None, config: dict
+) -> list[str]:
+    """What is wrong in index, config.json, which should be this, and copied files; one line each."""
+    found = directory_check.index_problems(finished)
+    found += recorded.recorded_problems(earlier, finished, config)
     names = {path.as_posix() for path in original.extra_files}
     copied = names & set(earlier.extra_files) if earlier else set()
-    found += directory_check.copied_file_problems(original.root, quantized.root, sorted(copied))
-    for line in directory_check.copied_file_problems(original.root, quantized.root, sorted(names - copied)):
+    found += directory_check.copied_file_problems(original.root, finished.root, sorted(copied))
+    for line in directory_check.copied_file_problems(original.root, finished.root, sorted(names - copied)):
         talk.warn(line)
-    if not earlier and directory_check.lacks_tokenizer(original, quantized):
-        found.append("tokenizer.json: missing from the FP8 directory, and there is no other tokenizer in it")
     return found
 
 
