@@ -152,10 +152,10 @@ def test_measuring_many_pieces_waits_twice(size: float):
     with PretendedCuda() as cuda:
         there = [tuple(t.to("cuda:0") for t in piece) for piece in pieces]
         cuda.waits.clear()
-        found = measure_all(there, powers_of_two=False)
+        found = measure_all(there, powers_of_two=True)
         assert cuda.waits.total() == 2, cuda.waits
     for mine, piece in zip(found, pieces, strict=True):
-        expected = measure(*piece)
+        expected = measure(*piece, powers_of_two=True)
         assert (mine.count, mine.amax, mine.written.max_abs) == (
             expected.count, expected.amax, expected.written.max_abs,
         )  # fmt: skip
