@@ -206,11 +206,12 @@ def test_large_weights_are_a_reason_of_their_own(document: dict, checkpoint: Cal
         covered=None, loading="hidden_size", health=judge([large], (), Calibration()),
     )  # fmt: skip
     run = Run("quantize", {}, {}, "", "out", 0, open_checkpoint(checkpoint("moe_text", **KIND)))
-    made = make_document(run, found, Zone.WARN, None, "perplexity")
+    made = make_document(run, found, Zone.WARN, None, ("perplexity", "It is worse."))
     assert [(r["code"], r["zone"]) for r in made["verdict"]["reasons"]] == [
         ("large_weights", "WARN"),
         ("perplexity", "WARN"),
     ]
+    assert made["verdict"]["statement"].endswith(" It is worse.")
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,14 @@ from fp8lib.checkpoint.rules import without_prefix
 from fp8lib.outputs.figures import Comparison
 from fp8lib.verification.bands import AS_GOOD_AS_BEST, Band, Bands, Reason, Zone, judge_tensor
 from fp8lib.verification.findings import Findings, by_kind, kind_of, quantiles
+from fp8lib.verification.health import Health
 from fp8lib.verification.measurement import Measurement
 
 SCHEMA_VERSION = 1
 """Of `report_schema.json`. A new field does not change it; one that goes, or means something else, does."""
 NOT_VERIFIED = "NOT_VERIFIED"
+NOT_FINITE, PERPLEXITY = "not_finite", "perplexity"
+"""Codes of what outputs are not GOOD for."""
 _LAYER = re.compile(r"(?P<draft>mtp\.)?layers\.(?P<number>\d+)\.")
 _VS_BEST = Band("vs_best", AS_GOOD_AS_BEST, math.inf, higher_is_better=False)
 
@@ -49,7 +52,11 @@ class Run:
 
 
 def make_document(
-    run: Run, found: Findings, verdict: Zone, compared: Comparison | None, reason: str | None
+    run: Run,
+    found: Findings,
+    verdict: Zone,
+    compared: Comparison | None,
+    outputs: tuple[str, str] | None,
 ) -> dict:
     """The report.
 
@@ -58,7 +65,7 @@ def make_document(
         found: about the weights.
         verdict: of everything.
         compared: what was found about outputs, if they were compared.
-        reason: code of what the outputs changed the verdict for, None if they did not.
+        outputs: code and sentence of what the outputs are not GOOD for, None if they are.
     """
     health = found.health
     measurements = [_measurement(m, found.bands) for m in found.measurements]
@@ -80,9 +87,9 @@ def make_document(
                 "share_of_bytes": found.looked_at,
             },
             "verdict": {
-                "zone": verdict.name if health else NOT_VERIFIED,
-                "statement": health.statement if health else "Verification was skipped.",
-                "reasons": [*_reasons(found), *([_reason_of_outputs(reason, verdict)] if reason else [])],
+                "zone": verdict.name if health or verdict is not Zone.GOOD else NOT_VERIFIED,
+                "statement": _statement(health, outputs),
+                "reasons": _reasons(found) + _reasons_of_outputs(outputs),
             },
             "counts": {zone.name: health.counts[zone] if health else 0 for zone in Zone},
             "bands": [asdict(band) for band in found.bands],
@@ -171,8 +178,19 @@ def _reason(code: str, band: Band, outside: Sequence[Measurement]) -> dict:
     }
 
 
-def _reason_of_outputs(code: str, verdict: Zone) -> dict:
-    return {"code": code, "zone": verdict.name}
+def _reasons_of_outputs(outputs: tuple[str, str] | None) -> list[dict]:
+    if outputs is None:
+        return []
+    code, _ = outputs
+    return [{"code": code, "zone": (Zone.FAIL if code == NOT_FINITE else Zone.WARN).name}]
+
+
+def _statement(health: Health | None, outputs: tuple[str, str] | None) -> str:
+    """What the summary says of the weights, or of the outputs where they are worse."""
+    said = health.statement if health else "Verification was skipped."
+    if outputs is None:
+        return said
+    return outputs[1] if health and health.verdict is Zone.GOOD else f"{said} {outputs[1]}"
 
 
 def _tensor_parallel(found: Findings) -> dict:
