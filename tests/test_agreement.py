@@ -52,8 +52,8 @@ RESULTS = {
     "checksums": ((), ("--checksums",)),
 }
 """Flags that decide what the manifest holds beside, which a rank reports and a later run can redo."""
-OF_A_PROCESS = {"device", "workers", "debug", "quiet", "help", "version"}
-OF_RANK_0 = {"overwrite", "output_dir", "report"}
+OF_A_PROCESS = {"device", "workers", "strict", "debug", "quiet", "help", "version"}
+OF_RANK_0 = {"overwrite", "output_dir", "report", "band"}
 """Only rank 0 looks into the output directory and writes reports; that it is the same one, the lock tells."""
 OTHER_WORK = {"dry_run", "verify_only"}
 COMPARING = {

@@ -93,10 +93,9 @@ def quantize(flags: Namespace, talk: Talk, ranks: Ranks) -> tuple[Zone, Findings
     if flags.dequantize:
         return agree(ranks, dequantizing.summarize(flags, talk, plan, ordered)), None
     found = summarize(flags, talk, _findings(flags, plan, ordered, covered, moments))
-    verdict, _ = agree_on(ranks, found)
     if todo.quantize and not flags.quiet:
-        print_ending(flags.output_dir, plan, found, verdict, time.monotonic() - begun)
-    return verdict, found
+        print_ending(flags.output_dir, plan, found, time.monotonic() - begun)
+    return agree_on(ranks, found)
 
 
 def _manifest(plan: Plan, decisive: dict) -> Manifest:

@@ -31,7 +31,7 @@ SUFFIXES = (".json", ".html")
 PAGE_NEEDS = ("matplotlib", "jinja2")
 """Modules that a page needs and nothing else does."""
 _LIBRARIES = ("torch", "safetensors", "numpy")
-_NOT_FLAGS = ("notes", "calibration", "selection")
+_NOT_FLAGS = ("notes", "calibration", "selection", "bands")
 """What parsing adds to the flags."""
 _BEGINNING = 4096
 
