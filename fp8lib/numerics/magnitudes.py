@@ -27,12 +27,6 @@ _CPU_GROUP = 2**15 // BINS
 """Blocks that are counted at a time on a CPU: as many as a 16-bit index tells apart."""
 
 
-@table
-def _offsets(count: int, group: int) -> torch.Tensor:
-    """Where each of `count` blocks' bins begin among those of its group, int32 [count, 1, 1]."""
-    return (torch.arange(count, dtype=torch.int32) % group * BINS).view(-1, 1, 1)
-
-
 def histogram(weights: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """How often each magnitude is in each block.
 
@@ -49,9 +43,8 @@ def histogram(weights: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor
     first = (power - (_OCTAVES_BELOW << 7)).clamp_(1, 0x7F80 - _COUNTED).view(-1, 1)
     on_cpu = device.type == "cpu"
     group = min(_CPU_GROUP if on_cpu else count, count)
-    size = 1 << (count - 1).bit_length()  # so that few tables do for all shapes
     base = (first.view(-1, 1, 1) - 1).to(torch.int16 if on_cpu else torch.int32)
-    offsets = _offsets(size, group, device)[:count].to(base.dtype)
+    offsets = (torch.arange(count, dtype=base.dtype, device=device) % group * BINS).view(-1, 1, 1)
     index = torch.empty(row_blocks, column_blocks, BLOCK, BLOCK, dtype=base.dtype, device=device)
     split = magnitude_bits(weights).view(row_blocks, BLOCK, column_blocks, BLOCK).transpose(1, 2)
     torch.maximum(split, base.view(row_blocks, column_blocks, 1, 1), out=index)
