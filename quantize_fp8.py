@@ -23,8 +23,8 @@ COMPARISON_FLAGS = (
 """Flags that only --compare_outputs looks at."""
 QUANTIZING_FLAGS = (
     "--calib_mode", "--scale_format", *(flag for _, flag in MODE_FLAGS), "--activation_stats",
-    "--eligibility", "--keep_bf16", "--quantize", "--rounding", "--second_moments", "--damping",
-    "--lora_dir", "--verify_samples", "--seed", "--compare_outputs",
+    "--eligibility", "--keep_failing", "--keep_bf16", "--quantize", "--rounding", "--second_moments",
+    "--damping", "--lora_dir", "--verify_samples", "--seed", "--compare_outputs",
 )  # fmt: skip
 """Flags that mean nothing to --dequantize, which chooses no scales and verifies all that it writes."""
 
@@ -89,8 +89,12 @@ def make_parser() -> Parser:
     group = parser.add_argument_group("what is quantized")
     group.add_argument(
         "--eligibility", choices=ELIGIBILITIES, default="toolkit",
-        help="official also quantizes linear_attn.out_proj and shared experts, like Qwen's own FP8 releases "
-        "(%(default)s)",
+        help="official also quantizes linear_attn.out_proj and shared experts, like Qwen's own FP8 releases; "
+        "auto is official with --keep_failing (%(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--keep_failing", action="store_true",
+        help="first quantize everything in memory, and keep the fusion groups of which a weight would FAIL",
     )  # fmt: skip
     group.add_argument(
         "--keep_bf16", action="append", default=[], metavar="PATTERN",
@@ -183,7 +187,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("argument --verify_only: not allowed with argument --dry_run")
     _refuse_combinations(flags, parser)
     flags.notes = tuple(_notes(flags, parser))
-    flags.selection = Selection(flags.eligibility, tuple(flags.keep_bf16), tuple(flags.quantize))
+    flags.selection = Selection(
+        eligibility=flags.eligibility,
+        keep=tuple(flags.keep_bf16),
+        quantize=tuple(flags.quantize),
+        keep_failing=flags.keep_failing,
+    )
     flags.calibration = Calibration(
         mode=flags.calib_mode,
         rms_factor=flags.rms_factor,

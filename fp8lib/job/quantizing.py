@@ -16,9 +16,10 @@ from fp8lib import Fp8Error
 from fp8lib.calibration.statistics_file import Statistics
 from fp8lib.checkpoint.directory import CONFIG, INDEX
 from fp8lib.checkpoint.plan import Plan, to_json
+from fp8lib.checkpoint.rules import Selection
 from fp8lib.checkpoint.tensor_parallel import tensor_parallel
 from fp8lib.checkpoint.untrusted import printable
-from fp8lib.job import dequantizing, manifest, output_dir, rounding
+from fp8lib.job import dequantizing, manifest, output_dir, rounding, trying
 from fp8lib.job.manifest import Manifest, ShardResult
 from fp8lib.job.ranks import Ranks
 from fp8lib.job.run import (
@@ -46,6 +47,8 @@ def quantize(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
         Fp8Error: refused or failed, on every rank. No config.json is left in the output directory.
     """
     # Rank 0 refuses for all: the others say and do nothing before it has agreed.
+    if flags.selection.by_trial:
+        flags.selection = _selection_by_trial(flags, talk, ranks)
     todo = None if ranks.is_main else Todo(**ranks.wait_for("todo"))
     plan, statistics, covered = plan_for(flags, talk)
     moments = rounding.moments_for(flags, plan, talk)
@@ -57,11 +60,7 @@ def quantize(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
         work_for_main(flags, ranks, settings, _work(flags, plan, ranks, settings, todo))
         return agree(ranks, None)
 
-    mine = Manifest(
-        settings=decisive,
-        inputs={s.name: manifest.identity(s) for s in plan.checkpoint.shards},
-        extra_files=[p.as_posix() for p in plan.checkpoint.extra_files],
-    )
+    mine = _manifest(plan, decisive)
     state = output_dir.inspect(flags.output_dir, plan, mine, flags.overwrite)
     samples = 0 if flags.skip_verify else flags.verify_samples
     measured = sum(len(s.matrices[:samples]) for s in plan.shards)
@@ -92,6 +91,60 @@ def quantize(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
     return agree(ranks, verdict)
 
 
+def _manifest(plan: Plan, decisive: dict) -> Manifest:
+    """What a run leaves behind, before it has done anything."""
+    return Manifest(
+        settings=decisive,
+        inputs={s.name: manifest.identity(s) for s in plan.checkpoint.shards},
+        extra_files=[p.as_posix() for p in plan.checkpoint.extra_files],
+    )
+
+
+def _selection_by_trial(flags: Namespace, talk: Talk, ranks: Ranks) -> Selection:
+    """What was asked for, less the groups that would FAIL: data in the plan from here on.
+
+    Where this run continues an earlier one, they are the earlier one's. Otherwise all ranks try the
+    candidates.
+
+    Raises:
+        Fp8Error: what flags, headers and the output directory can refuse; what `failing_groups` refuses.
+    """
+    offer = None if ranks.is_main else ranks.wait_for("candidates")
+    quiet = Talk(talk.printer, lambda text: None)  # it is all said again when the plan is known
+    plan, statistics, _ = plan_for(flags, quiet)
+    moments = rounding.moments_for(flags, plan, quiet)
+    settings = settings_for(flags, statistics, ranks, moments, plan.adapters)
+    decisive = _settings(flags, plan, statistics, moments)
+    terms = _terms(flags, plan, decisive)
+    if offer is None:
+        known = None if flags.overwrite else _kept_before(flags.output_dir)
+        mine = _manifest(plan, decisive if known is None else {**decisive, "kept_groups": known})
+        state = output_dir.inspect(flags.output_dir, plan, mine, flags.overwrite)
+        if known is None:
+            output_dir.check_space(flags.output_dir, plan, state, 0)
+        offer = {"terms": terms, "kept": known}
+        ranks.publish("candidates", offer)
+    else:
+        _require_same(flags, terms, offer["terms"], ranks)
+    kept = offer["kept"]
+    if kept is None:
+        kept = trying.failing_groups(flags, talk, ranks, settings, plan)
+    return replace(flags.selection, kept_groups=tuple(kept.items()))
+
+
+def _kept_before(folder: Path) -> dict[str, str] | None:
+    """The groups that an earlier run found to FAIL, None if there was none, or it is unknown.
+
+    Raises:
+        Fp8Error: its manifest cannot be read.
+    """
+    earlier = manifest.load(folder)
+    kept = earlier and earlier.settings.get("kept_groups")
+    if isinstance(kept, dict) and all(isinstance(reason, str) for reason in kept.values()):
+        return kept
+    return None
+
+
 def _findings(
     flags: Namespace,
     plan: Plan,
@@ -111,6 +164,7 @@ def _findings(
         covered=covered,
         loading=tensor_parallel(plan.outputs(), plan.config()),
         adapters=plan.adapters.fingerprints if plan.adapters else (),
+        kept_failing=plan.selection.kept_groups,
     )
 
 
@@ -169,7 +223,7 @@ def _settings(
     settings = {
         "calibration": str(flags.calibration),
         "activation_stats": statistics.sha256 if statistics else None,
-        **flags.selection.settings(),
+        **plan.selection.settings(),
         **rounding.settings(moments),
     }
     return settings | ({"adapters": list(plan.adapters.fingerprints)} if plan.adapters else {})
@@ -197,13 +251,18 @@ def _terms(flags: Namespace, plan: Plan, decisive: dict) -> dict:
 
 def _check_agreement(flags: Namespace, mine: dict, theirs: dict, ranks: Ranks) -> None:
     """Refuse, on a rank other than 0, another input, other flags or another output directory."""
+    _require_same(flags, mine, theirs, ranks)
+    output_dir.await_lock(flags.output_dir, ranks.attempt)
+
+
+def _require_same(flags: Namespace, mine: dict, theirs: dict, ranks: Ranks) -> None:
+    """Refuse, on a rank other than 0, another input or other flags."""
     for key in mine | theirs:
         if mine.get(key) != theirs.get(key):
             raise Fp8Error(
                 f"{printable(flags.input_dir)}: rank {ranks.rank} has other {key.replace('_', ' ')} "
                 "than rank 0; give all machines the same files and flags"
             )
-    output_dir.await_lock(flags.output_dir, ranks.attempt)
 
 
 @contextmanager

@@ -43,6 +43,7 @@ class Findings:
         loading: weights per GPU by tensor-parallel size, or the key that config.json lacks.
         finished: whether the directory was made before, perhaps by another tool (`--verify_only`).
         adapters: fingerprints of what was merged before, in its order.
+        kept_failing: (fusion group, why) of those that stay as they are because a weight would FAIL.
         looked_at: share of the directory's bytes that was compared, 0 to 1; None where that is unknown.
         health: the verdict; None if verification was skipped.
     """
@@ -56,6 +57,7 @@ class Findings:
     loading: Sequence[Size] | str
     finished: bool = False
     adapters: Sequence[str] = ()
+    kept_failing: Sequence[tuple[str, str]] = ()
     looked_at: float | None = None
     health: Health | None = None
 

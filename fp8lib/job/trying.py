@@ -1,0 +1,141 @@
+"""Passes over the input that quantize in memory, to know before writing what would FAIL, and after it what
+would help."""
+
+import math
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+
+from fp8lib import Fp8Error
+from fp8lib.checkpoint.layout import Matrix, ShardPlan
+from fp8lib.checkpoint.plan import Plan
+from fp8lib.checkpoint.rules import fusion_group
+from fp8lib.checkpoint.untrusted import printable
+from fp8lib.job.progress import Progress
+from fp8lib.job.ranks import Ranks
+from fp8lib.terminal import Talk, size
+from fp8lib.verification.advice import Failure, failure_of, reason_of
+
+_PASS = "trial"
+"""What ranks call the work that comes before quantizing."""
+_UNITS_PER_RANK = 20
+_SMALLEST_UNIT = 16 * 1024 * 1024
+"""As `streaming.units.divide`'s, but of whole matrices."""
+
+
+def failing_groups(flags: Namespace, talk: Talk, ranks: Ranks, settings, plan: Plan) -> dict[str, str]:
+    """Fusion groups of a plan with a member that would FAIL, and why; the same on every rank.
+
+    Every candidate is quantized in memory, by all ranks together.
+
+    Args:
+        flags: of the run.
+        talk: how to speak to the user.
+        ranks: all of them.
+        settings: how shards are processed: `streaming.shard_job.Settings`.
+        plan: of which every matrix is a candidate.
+
+    Raises:
+        Fp8Error: NaN or infinity in a weight; every candidate would FAIL; some rank failed.
+    """
+    ranks.count_anew("tried bytes")
+    work = _units(plan, ranks.world)
+    total = sum(m.rows * m.input_row_bytes for m in plan.matrices)
+    talk.warn(f"quantizing {size(total)} of weights in memory first, to see which would FAIL")
+    failures = _gather(flags, ranks, settings, work, total) if ranks.is_main else None
+    if failures is None:
+        _help(flags, ranks, settings, work)
+        kept = ranks.wait_for("kept groups")
+    else:
+        kept = _by_group(failures)
+        ranks.publish("kept groups", kept)
+    ranks.count_anew("bytes")
+    if kept.keys() >= {fusion_group(m.weight.name) for m in plan.matrices}:
+        raise Fp8Error(
+            f"{printable(flags.input_dir)}: every weight would FAIL with {flags.calibration}; "
+            "quantize it without --keep_failing or --eligibility auto to see the figures and what would help"
+        )
+    return kept
+
+
+def _by_group(failures: Sequence[Failure]) -> dict[str, str]:
+    """Why each group with a failure is kept, in the groups' order."""
+    groups: dict[str, list[Failure]] = {}
+    for failure in failures:
+        groups.setdefault(fusion_group(failure.name), []).append(failure)
+    return {group: reason_of(groups[group]) for group in sorted(groups)}
+
+
+def _units(plan: Plan, ranks: int) -> list[tuple[ShardPlan, tuple[Matrix, ...]]]:
+    """The candidates in parts for processes to take: matrices of one shard that follow each other."""
+    total = sum(m.rows * m.input_row_bytes for m in plan.matrices)
+    share = math.inf if ranks == 1 else max(total / ranks / _UNITS_PER_RANK, _SMALLEST_UNIT)
+    units = []
+    for shard in plan.shards:
+        part: list[Matrix] = []
+        held = 0
+        for matrix in shard.matrices:
+            part.append(matrix)
+            held += matrix.rows * matrix.input_row_bytes
+            if held >= share:
+                units.append((shard, tuple(part)))
+                part, held = [], 0
+        if part:
+            units.append((shard, tuple(part)))
+    return units
+
+
+def _gather(flags: Namespace, ranks: Ranks, settings, work: Sequence, total: int) -> list[Failure]:
+    """Rank 0's share of the candidates, and what all ranks find."""
+    failures: list[Failure] = []
+    with Progress(total, len(work), flags.quiet) as progress:
+
+        def finished(name: str, found: Sequence) -> None:
+            failures.extend(Failure(*each) for each in found)
+            progress.finished(f"{name} tried")
+
+        def receive() -> None:
+            for name, found in ranks.new_results():
+                finished(name, found)
+
+        def on_bytes(name: str, count: int) -> None:
+            if (done := ranks.progress(count)) is not None:
+                progress.show(name, done)
+                receive()
+
+        for name, found in _failures(flags, ranks, settings, work, on_bytes):
+            finished(name, found)
+        while progress.done < len(work) or not ranks.all_at_work(_PASS):
+            progress.show("", ranks.look_again())
+            receive()
+        progress.show("", total)
+    return failures
+
+
+def _help(flags: Namespace, ranks: Ranks, settings, work: Sequence) -> None:
+    """Another rank's share of the candidates."""
+    for result in _failures(flags, ranks, settings, work, lambda _, count: ranks.progress(count)):
+        ranks.send_result(result)
+    ranks.look()
+
+
+def _failures(
+    flags: Namespace, ranks: Ranks, settings, work: Sequence, on_bytes: Callable[[str, int], None]
+) -> Iterator[tuple[str, list[Failure]]]:
+    """(shard's name, what of it would FAIL) for each unit that this rank takes."""
+    from fp8lib.streaming import pipeline
+    from fp8lib.streaming.scheduler import ToCheck
+    from fp8lib.verification.trial import Method, Trial
+
+    method = Method(settings.convert, flags.calibration.powers_of_two)
+
+    def trials() -> Iterator[ToCheck]:
+        for shard, matrices in ranks.share(_PASS, work):
+            trial = Trial(shard.source, matrices, (method,), settings.merge, on_bytes)
+            yield ToCheck(shard.name, shard.source.size, trial, (shard.source,))
+
+    with closing(pipeline.process(trials(), flags.input_dir, settings)) as results:
+        for done in results:
+            done.check.refuse_broken()
+            measured = (m for (m,) in done.check.measurements().values())
+            yield done.name, [f for m in measured if (f := failure_of(m)) is not None]
