@@ -2,7 +2,7 @@
 """Turn a BF16 Qwen3.5/3.6 checkpoint into a block-wise FP8 one that vLLM and SGLang serve."""
 
 import argparse
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from fp8lib.checkpoint.dequantize_plan import EXPERT_LAYOUTS
 from fp8lib.checkpoint.rules import ELIGIBILITIES, Selection
@@ -17,16 +17,20 @@ MODE_FLAGS = (
 )
 """Flags that only one mode looks at."""
 COMPARISON_FLAGS = (
-    "--against", "--activations", "--served", "--logits_out",
-    "--prompts_file", "--no_chat_template", "--max_prompt_tokens", "--batch_size",
+    "against", "activations", "served", "logits_out",
+    "prompts_file", "no_chat_template", "max_prompt_tokens", "batch_size",
 )  # fmt: skip
 """Flags that only --compare_outputs looks at."""
 QUANTIZING_FLAGS = (
-    "--calib_mode", "--scale_format", *(flag for _, flag in MODE_FLAGS), "--activation_stats",
-    "--eligibility", "--keep_failing", "--keep_bf16", "--quantize", "--rounding", "--second_moments",
-    "--damping", "--lora_dir", "--verify_samples", "--seed", "--compare_outputs",
+    "calib_mode", "scale_format", *(flag[2:] for _, flag in MODE_FLAGS), "activation_stats",
+    "eligibility", "keep_failing", "keep_bf16", "quantize", "rounding", "second_moments", "damping",
+    "lora_dir", "verify_samples", "seed", "compare_outputs",
 )  # fmt: skip
 """Flags that mean nothing to --dequantize, which chooses no scales and verifies all that it writes."""
+WRITING_FLAGS = ("overwrite", "activation_stats", "eligibility", "keep_failing", "keep_bf16", "quantize")
+"""Flags that --verify_only does not look at."""
+CHECKING_FLAGS = ("verify_samples", "seed")
+"""Flags that --skip_verify and --dry_run make idle."""
 
 
 def make_parser() -> Parser:
@@ -186,7 +190,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if flags.dry_run and flags.verify_only:
         parser.error("argument --verify_only: not allowed with argument --dry_run")
     _refuse_combinations(flags, parser)
-    flags.notes = tuple(_notes(flags, parser))
     flags.selection = Selection(
         eligibility=flags.eligibility,
         keep=tuple(flags.keep_bf16),
@@ -201,7 +204,26 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         mse_grid_size=flags.mse_grid_size,
         scale_format=flags.scale_format,
     )
+    flags.notes = tuple(f"{flag} has no effect {where}" for flag, where in _idle(parser, flags))
     return flags
+
+
+def _idle(parser: Parser, flags: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """(flag, where it has no effect) of those that were given for nothing."""
+    for mode, flag in MODE_FLAGS:
+        if mode != flags.calib_mode and parser.given(flags, [flag[2:]]):
+            yield flag, f"with --calib_mode {flags.calib_mode}"
+    if flags.calib_mode == "mse" and flags.scale_format == "ue8m0" and flags.mse_grid_size != PHASES:
+        yield "--mse_grid_size", "with --scale_format ue8m0"
+    for applies, names, where in (
+        (not flags.dequantize, ("expert_layout",), "without --dequantize"),
+        (not flags.compare_outputs, COMPARISON_FLAGS, "without --compare_outputs"),
+        (flags.verify_only, WRITING_FLAGS, "with --verify_only"),
+        (flags.skip_verify, CHECKING_FLAGS, "with --skip_verify"),
+        (flags.dry_run, (*CHECKING_FLAGS, "skip_verify", "checksums"), "with --dry_run"),
+    ):
+        if applies:
+            yield from ((flag, where) for flag in parser.given(flags, names))
 
 
 def _damping(text: str) -> float:
@@ -217,7 +239,7 @@ def _damping(text: str) -> float:
 def _refuse_combinations(flags: argparse.Namespace, parser: Parser) -> None:
     """Refuse flags of which one could not be followed."""
     if flags.dequantize:
-        for flag in _given(flags, parser, QUANTIZING_FLAGS):
+        for flag in parser.given(flags, QUANTIZING_FLAGS):
             parser.error(
                 f"argument {flag}: not allowed with argument --dequantize, which turns weights back and "
                 "verifies all of them; leave it out, or give it to a run of its own"
@@ -231,26 +253,6 @@ def _refuse_combinations(flags: argparse.Namespace, parser: Parser) -> None:
             "argument --compare_outputs: not allowed with argument --lora_dir, because --input_dir is not "
             "the merged model; merge first to compare"
         )
-
-
-def _given(flags: argparse.Namespace, parser: Parser, names: Iterable[str]) -> list[str]:
-    """Those of some flags that do not have their default value."""
-    return [name for name in names if getattr(flags, name[2:]) != parser.get_default(name[2:])]
-
-
-def _notes(flags: argparse.Namespace, parser: Parser) -> Iterator[str]:
-    """What to say about flags that were given and have no effect."""
-    if not flags.dequantize:
-        for flag in _given(flags, parser, ["--expert_layout"]):
-            yield f"{flag} has no effect without --dequantize"
-    for flag in _given(flags, parser, (flag for mode, flag in MODE_FLAGS if mode != flags.calib_mode)):
-        yield f"{flag} has no effect with --calib_mode {flags.calib_mode}"
-    if flags.calib_mode == "mse" and flags.scale_format == "ue8m0":
-        for flag in _given(flags, parser, ["--mse_grid_size"]):
-            yield f"{flag} has no effect with --scale_format ue8m0"
-    if not flags.compare_outputs:
-        for flag in _given(flags, parser, COMPARISON_FLAGS):
-            yield f"{flag} has no effect without --compare_outputs"
 
 
 def _samples(text: str) -> int | None:

@@ -92,11 +92,11 @@ def main() -> None:
 
 
 def _count(flags: argparse.Namespace) -> None:
-    from kernel_counts import count_all
+    from kernel_counts import count_all, count_others
 
     torch.set_num_threads(1)
     rows = flags.rows or 512
-    result = count_all(2, rows, flags.columns)
+    result = count_all(2, rows, flags.columns) + count_others(2, rows, flags.columns)
     where = machine.describe()
     print(machine.heading(where))
     print(f"pretended device, pieces of 2 matrices of {rows} x {flags.columns}\n")

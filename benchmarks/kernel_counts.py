@@ -5,19 +5,32 @@ tests/test_kernel_counts.py holds it below bounds.
 """
 
 import sys
+from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np
 import torch
 
+from fp8lib import Fp8Error
 from fp8lib.checkpoint.headers import Tensor
 from fp8lib.checkpoint.layout import Matrix
+from fp8lib.numerics.blocks import blocks
 from fp8lib.numerics.modes import MODES, SCALE_FORMATS, Calibration
+from fp8lib.numerics.scales import quantize_blocks
 from fp8lib.streaming.convert import Conversion, Nearest, convert_batch
+from fp8lib.streaming.factors import Factors
 from fp8lib.streaming.lanes import Lane
+from fp8lib.streaming.second_order import SecondOrder
+from fp8lib.verification.measure import measure_all
+from fp8lib.verification.measure_outputs import measure_outputs
 from pretended_device import PretendedCuda
+
+Piece = Callable[[Lane], None]
+"""What is counted: it takes a piece through a lane, up to the last wait."""
 
 
 def count_all(matrices: int, rows: int, columns: int) -> list[dict[str, object]]:
@@ -28,36 +41,42 @@ def count_all(matrices: int, rows: int, columns: int) -> list[dict[str, object]]
         rows, columns: of each.
     """
     found = []
-    for scale_format in SCALE_FORMATS:
-        for mode in MODES:
-            calibration = Calibration(mode, scale_format=scale_format)
-            importances = [None]
-            if calibration.uses_activations:
-                importances.append(lambda name, columns: torch.rand(columns).numpy())
-            for importance in importances:
-                label = f"{mode}, {scale_format}" + (", activation-weighted" if importance else "")
-                row = count(Nearest(calibration, importance), matrices, rows, columns)
-                found.append({"kernel": label, **row})
+    for scale_format, mode in product(SCALE_FORMATS, MODES):
+        calibration = Calibration(mode, scale_format=scale_format)
+        importances = [None, _importance] if calibration.uses_activations else [None]
+        for importance in importances:
+            label = f"{mode}, {scale_format}" + (", activation-weighted" if importance else "")
+            piece = _conversion(Nearest(calibration, importance), matrices, rows, columns)
+            found.append({"kernel": label, **count(piece, matrices * rows * columns)})
     return found
 
 
-def count(convert: Conversion, matrices: int, rows: int, columns: int) -> dict[str, object]:
-    """What one piece takes, as the pipeline has it converted, once all tables are made."""
-    parts = [_matrix(number, rows, columns) for number in range(matrices)]
+def count_others(matrices: int, rows: int, columns: int) -> list[dict[str, object]]:
+    """The same for second-order rounding, and for what checks written files. Matrices share one input."""
     weights = matrices * rows * columns
+    factors = Factors(
+        lambda name, n: "input", lambda entry: _moments(columns), lambda entry, wrong: Fp8Error(wrong), 0.01,
+        torch.device("cuda:0"),
+    )  # fmt: skip
+    convert = SecondOrder(Calibration(), factors, _importance)
+    found = {"second order": _conversion(convert, matrices, rows, columns)}
+    for scale_format in SCALE_FORMATS:
+        found[f"measured, {scale_format}"] = _measurement(scale_format, matrices, rows, columns)
+    found["output errors measured"] = _outputs_measurement(factors, rows, columns)
+    sizes = {"output errors measured": rows * columns}
+    return [{"kernel": name, **count(piece, sizes.get(name, weights))} for name, piece in found.items()]
+
+
+def count(piece: Piece, weights: int) -> dict[str, object]:
+    """What one piece takes, as the pipeline has it done, once all tables and factors are made."""
     with PretendedCuda() as cuda, torch.inference_mode():
         lane = Lane(torch.device("cuda:0"))
         with lane.as_current():
             for _ in range(2):  # the first makes what is kept for good
                 cuda.counts.clear()
                 cuda.waits.clear()
-                cuda.peak = cuda.used
-                host = lane.host("in", 2 * weights).view(torch.bfloat16)
-                host.copy_(torch.randn(weights).mul_(0.02))
-                codes, scales = convert_batch(convert, parts, lane.to_device(host))
-                lane.to_host("codes", codes)
-                lane.to_host("scales", scales)
-                lane.synchronize()
+                kept = cuda.peak = cuda.used
+                piece(lane)
         lane.stop()
     counts = cuda.counts
     return {
@@ -67,8 +86,74 @@ def count(convert: Conversion, matrices: int, rows: int, columns: int) -> dict[s
         "up, bytes/weight": counts["bytes up"] / weights,
         "down, bytes/weight": counts["bytes down"] / weights,
         "touched, bytes/weight": counts["bytes touched"] / weights,
-        "peak, bytes/weight": cuda.peak / weights,
+        "peak, bytes/weight": (cuda.peak - kept) / weights,
     }
+
+
+def _conversion(convert: Conversion, matrices: int, rows: int, columns: int) -> Piece:
+    """Weights in pinned memory to codes and scales there."""
+    parts = [_matrix(number, rows, columns) for number in range(matrices)]
+
+    def piece(lane: Lane) -> None:
+        host = lane.host("in", 2 * matrices * rows * columns).view(torch.bfloat16)
+        host.copy_(_weights(matrices * rows * columns))
+        codes, scales = convert_batch(convert, parts, lane.to_device(host))
+        lane.to_host("codes", codes)
+        lane.to_host("scales", scales)
+        lane.synchronize()
+
+    return piece
+
+
+def _measurement(scale_format: str, matrices: int, rows: int, columns: int) -> Piece:
+    """Error sums of several pieces that were read together."""
+    weights = _weights(matrices * rows * columns).view(-1, columns)
+    found = quantize_blocks(weights, Calibration("max", scale_format=scale_format))
+
+    def piece(lane: Lane) -> None:
+        there = [
+            _pinned(lane, name, t)
+            for name, t in zip(("in", "codes", "scales"), (weights, *found), strict=True)
+        ]
+        heights = rows, rows, blocks(rows)
+        each = [t.split(height) for t, height in zip(there, heights, strict=True)]
+        measure_all(list(zip(*each, strict=True)))
+
+    return piece
+
+
+def _outputs_measurement(factors: Factors, rows: int, columns: int) -> Piece:
+    """Output errors of a piece."""
+    weights = _weights(rows * columns).view(rows, columns)
+    found = quantize_blocks(weights, Calibration())
+
+    def piece(lane: Lane) -> None:
+        there = [
+            _pinned(lane, name, t)
+            for name, t in zip(("in", "codes", "scales"), (weights, *found), strict=True)
+        ]
+        measure_outputs(*there, factors("weight", columns))
+
+    return piece
+
+
+def _pinned(lane: Lane, name: str, values: torch.Tensor) -> torch.Tensor:
+    """Values as a reader has them, copied to the device."""
+    host = lane.host(name, values.nbytes).view(values.dtype).view(values.shape)
+    return lane.to_device(host.copy_(values))
+
+
+def _weights(count: int) -> torch.Tensor:
+    return torch.randn(count).mul_(0.02).bfloat16()
+
+
+def _importance(name: str, columns: int) -> np.ndarray:
+    return np.random.default_rng(0).random(columns, np.float32)
+
+
+def _moments(n: int) -> np.ndarray:
+    x = torch.randn(2 * n, n)
+    return (x.T @ x / len(x)).numpy()
 
 
 def _matrix(number: int, rows: int, columns: int) -> tuple[Matrix, int, int]:

@@ -4,12 +4,14 @@ import argparse
 import errno
 import io
 import os
+import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NoReturn
 
@@ -34,6 +36,22 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise Fp8Error(f"{message}; see --help")
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: None = None) -> argparse.Namespace:
+        """argparse's; but a flag that is nearly right is named before one that is missing."""
+        args = sys.argv[1:] if args is None else args
+        known = self._option_string_actions
+        for flag in (arg.partition("=")[0] for arg in args if re.match(r"--[A-Za-z]", arg)):
+            if flag in known:
+                continue
+            meant = flag.lower().replace("-", "_").replace("__", "--", 1)
+            if close := [meant] if meant in known else get_close_matches(meant, known, 1, 0.8):
+                self.error(f"unrecognized arguments: {_one_line(flag)} (did you mean {close[0]}?)")
+        return super().parse_args(args, namespace)
+
+    def given(self, flags: argparse.Namespace, names: Iterable[str]) -> list[str]:
+        """Those of some flags, as `--name`, that do not have their default."""
+        return [f"--{name}" for name in names if getattr(flags, name) != self.get_default(name)]
 
     def add_prompts(self) -> None:
         """The flags that choose prompts and how they run."""

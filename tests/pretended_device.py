@@ -44,12 +44,26 @@ TO_PYTHON = {
     getattr(torch.Tensor, name) for name in ("tolist", "__float__", "__int__", "__index__", "__format__")
 }
 """Values for Python, which in C++ begin with a call of the driver: a copy to the host, which waits."""
+
+
+def _attention(query: torch.Tensor, key, value, attn_mask=None, *args, **kwargs) -> torch.Tensor:
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        zeros = torch.ops.aten.new_zeros(query, attn_mask.shape)
+        attn_mask = torch.ops.aten.masked_fill(zeros, torch.ops.aten.bitwise_not(attn_mask), -math.inf)
+    found = torch.ops.aten._scaled_dot_product_attention_math(query, key, value, attn_mask, *args, **kwargs)
+    return found[0]
+
+
 WITHOUT_DRIVER = {
     torch.Tensor.__invert__: torch.ops.aten.bitwise_not,
+    torch.Tensor.contiguous: lambda t: (
+        t if t.is_contiguous() else torch.ops.aten.clone(t, memory_format=torch.contiguous_format)
+    ),
     torch.Tensor.copy_: torch.ops.aten.copy_,
     torch.Tensor.nonzero: lambda t, as_tuple=False: (
         torch.ops.aten.nonzero(t).unbind(1) if as_tuple else torch.ops.aten.nonzero(t)
     ),
+    torch.nn.functional.scaled_dot_product_attention: _attention,
 }
 """Methods that in C++ begin with a call of the driver, and what does the same without one."""
 NO_KERNEL = {
@@ -85,6 +99,9 @@ class Pretended(torch.Tensor):
     def __repr__(self, **_: object) -> str:
         return f"Pretended({list(self.shape)}, {self.dtype}, {self.device})"
 
+    def record_stream(self, stream: "Stream") -> None:
+        self.memory.recorded.add(stream)
+
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @classmethod
@@ -100,10 +117,15 @@ class _Memory:
         self.cuda, self.device, self.nbytes = cuda, device, nbytes
         self.stream: Stream | None = None
         self.syncs = 0
+        self.home, self.used, self.recorded = cuda.stream(), {}, set()
         cuda.in_use(nbytes)
 
     def __del__(self) -> None:
         self.cuda.in_use(-self.nbytes)
+        for stream, syncs in self.used.items():
+            # Its home stream's next tensor may get this memory, while a kernel of another still reads it.
+            if stream is not self.home and stream not in self.recorded and stream.syncs == syncs:
+                self.cuda.freed_early += 1
 
 
 class Stream:
@@ -128,6 +150,8 @@ class PretendedCuda:
         counts: `kernels`, `bytes up`, `bytes down`, `bytes touched`.
         waits: times the host waited, by reason.
         contexts: devices on which a context was made, as something was done there.
+        freed_early: tensors given up while a stream other than their own still used them, without
+            `record_stream`. The caching allocator does not know about that.
         peak: most bytes in use at a time, without what operations need inside.
     """
 
@@ -136,7 +160,7 @@ class PretendedCuda:
         self.counts: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
         self.contexts: set[int] = set()
-        self.used = self.peak = 0
+        self.used = self.peak = self.freed_early = 0
         self._memory: weakref.WeakValueDictionary[int, _Memory] = weakref.WeakValueDictionary()
         self._pinned: list[tuple[int, int, torch.Tensor]] = []
         self._thread = threading.local()
@@ -150,6 +174,7 @@ class PretendedCuda:
             "is_available": lambda: True, "device_count": lambda: self.devices, "Stream": self._make_stream,
             "stream": self._in_stream, "set_device": self._set_device, "current_device": self._current_device,
             "get_device_capability": lambda *_: self.capability, "get_device_name": lambda *_: "pretended",
+            "current_stream": lambda *_: self.stream(),
             "mem_get_info": lambda *_: (80 << 30, 80 << 30),
         }.items():  # fmt: skip
             self._stack.enter_context(mock.patch.object(torch.cuda, name, value))
@@ -225,7 +250,8 @@ class PretendedCuda:
         if non_blocking and self.is_pinned(host):
             self.uploading(host, self.stream())
         else:
-            self.wait("copy from pageable memory", self.stream())
+            reason = "copy from pageable memory" if non_blocking else "copy from the host"
+            self.wait(reason, self.stream())
         return found
 
     def download(self, values: torch.Tensor, host: torch.Tensor, non_blocking: bool) -> None:
@@ -269,6 +295,7 @@ class PretendedCuda:
             return self._results(func(*_inner(args), **_inner(kwargs)), mine, device)
         for tensor in mine:
             self._refuse_race(tensor, func)
+            tensor.memory.used[self.stream()] = self.stream().syncs
         if kwargs.get("device") is not None:
             kwargs = {**kwargs, "device": "cpu"}
         by_number = name in ("div", "div_") and len(args) == 2 and not kwargs and _is_number(args[1])
@@ -469,7 +496,9 @@ class _Calls(TorchFunctionMode):
         if func is torch.tensor:
             return self.cuda.upload(func(*args, **kwargs), device, False)
         device = torch.device("cuda", self.cuda._current_device() if device.index is None else device.index)
-        found = self.cuda._wrap(func(*args, **kwargs), device)  # a factory
+        if any(isinstance(t, Pretended) for t in _tensors(args)):
+            return func(*args, **kwargs)  # like one that is there
+        found = self.cuda._wrap(func(*args, **kwargs, device="cpu"), device)  # a factory
         self.cuda._account(func.__name__, [], found, args)
         return found
 
@@ -477,9 +506,8 @@ class _Calls(TorchFunctionMode):
 def _indexed(tensor: torch.Tensor, index: object, value: object = None) -> torch.Tensor | None:
     """`tensor[index]`, or `tensor[index] = value`, which in C++ begin with a call of the driver."""
     parts = index if isinstance(index, tuple) else (index,)
-    dims = sum(part is not None and part is not Ellipsis for part in parts)
     dim, tensors = 0, []
-    for part in parts:
+    for number, part in enumerate(parts):
         if part is None:
             tensor = tensor.unsqueeze(dim)
         elif isinstance(part, slice):
@@ -487,19 +515,29 @@ def _indexed(tensor: torch.Tensor, index: object, value: object = None) -> torch
         elif isinstance(part, int):
             tensor, dim = tensor.select(dim, part), dim - 1
         elif part is Ellipsis:
-            dim += tensor.dim() - dim - (dims - dim) - 1
+            dim = tensor.dim() - sum(map(_taken, parts[number + 1 :])) - 1
         else:
             tensors += [None] * (dim - len(tensors)) + [part]
+            dim += _taken(part) - 1
         dim += 1
     if value is None:
         return torch.ops.aten.index(tensor, tensors) if tensors else tensor
     if tensors:
+        if not isinstance(value, torch.Tensor):
+            value = torch.ops.aten.new_full(tensor, [], value)
         torch.ops.aten.index_put_(tensor, tensors, value)
     elif isinstance(value, torch.Tensor):
         torch.ops.aten.copy_(tensor, value)
     else:
         tensor.fill_(value)
     return None
+
+
+def _taken(part: object) -> int:
+    """Dimensions of a tensor that a part of an index speaks for."""
+    if isinstance(part, torch.Tensor) and part.dtype == torch.bool:
+        return part.dim()
+    return part is not None
 
 
 def _device_of(func, args: tuple, kwargs: dict) -> tuple[torch.device | None, tuple]:
@@ -510,7 +548,7 @@ def _device_of(func, args: tuple, kwargs: dict) -> tuple[torch.device | None, tu
     if func is torch.Tensor.to:
         named = [a for a in args[1:] if isinstance(a, (torch.device, str))]
         if named:
-            return torch.device(named[0]), tuple(a for a in args[1:] if a is not named[0])
+            return torch.device(named[0]), tuple(a for a in args[1:] if isinstance(a, torch.dtype))
     return None, args[1:]
 
 

@@ -1,5 +1,6 @@
 """What the command line shows: help, plan, progress, summary, verdict, exit code."""
 
+import calendar
 import fcntl
 import json
 import os
@@ -7,6 +8,7 @@ import pty
 import re
 import struct
 import termios
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -16,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 import forked
 from conftest import Result
@@ -550,10 +553,12 @@ def test_no_line_of_a_summary_is_wider_than_a_terminal(
 # --- streams, terminals, encodings -------------------------------------------------------------
 
 
-def in_terminal(*arguments: object, stdout: bool, stderr: bool, env: dict[str, str]) -> Result:
+def in_terminal(
+    *arguments: object, stdout: bool, stderr: bool, env: dict[str, str], columns: int = 100
+) -> Result:
     """Run with stdout, stderr or both on a pseudo-terminal."""
     master, terminal = pty.openpty()
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     name = os.ttyname(terminal)
     wanted = {"out": stdout, "err": stderr}
     started = forked.start(
@@ -606,12 +611,73 @@ def test_a_terminal_gets_a_bar_over_bytes_and_a_file_gets_none(small: Path, tmp_
     assert "\r" not in result.out
 
 
-def test_a_terminal_gets_lines_where_there_are_no_bytes_to_count(small: Path, tmp_path: Path) -> None:
+BAR = re.compile(r"(?P<label>.+): +(?P<percent>\d+)%\|(?P<bar>[^|]+)\| .*?(?P<rate>[\d.?]+[kMG]?B/s)")
+
+
+@pytest.mark.parametrize(
+    ("columns", "label"), [(50, "2/2"), (80, "2/2"), (120, "model-00002-of-00002.safetensors")]
+)
+def test_the_bar_keeps_its_bar_rate_and_time_at_every_width(
+    columns: int, label: str, checkpoint: Callable, tmp_path: Path
+) -> None:
+    flags = ["--input_dir", checkpoint("text", shards=2), "--output_dir", tmp_path / "out", "--workers", 1]
+    result = in_terminal(*flags, stdout=False, stderr=True, env={}, columns=columns)
+    assert result.rc == 0
+    last = result.err.rstrip().rsplit("\r", 1)[-1]
+    found = BAR.match(last)
+    assert found, last
+    assert (found["label"], found["percent"]) == (label, "100")
+    # A fifth of a narrow terminal; the rest is the label, the rate and a time such as 1:23:45.
+    assert len(found["bar"]) >= columns / 5
+    assert re.search(r"\d\d:\d\d", last)
+    assert max(len(line) for line in re.split(r"[\r\n]", result.err)) <= columns
+
+
+def test_verifying_alone_gets_a_bar_over_the_bytes_of_the_directory(small: Path, tmp_path: Path) -> None:
     command = ("--input_dir", small, "--output_dir", tmp_path / "out")
     assert in_terminal(*command, "--skip_verify", stdout=False, stderr=True, env={}).rc == 0
+    shown = (tmp_path / "out" / "model.safetensors").stat().st_size
     for flags in (["--verify_only"], []):  # the second: only verifies what the first run wrote
-        result = in_terminal(*command, *flags, stdout=False, stderr=True, env={})
-        assert (result.rc, result.err.strip()) == (0, "[1/1] model.safetensors")
+        result = in_terminal(*command, *flags, stdout=False, stderr=True, env={}, columns=120)
+        last = result.err.rstrip().rsplit("\r", 1)[-1]
+        assert result.rc == 0
+        assert last.startswith("model.safetensors: 100%")
+        assert f"| {tqdm.format_sizeof(shown)}/{tqdm.format_sizeof(shown)} [" in last
+
+
+def test_shards_of_an_earlier_run_are_kept_and_not_counted_as_done_again(
+    checkpoint: Callable, tmp_path: Path, cli: Callable
+) -> None:
+    source, out = checkpoint("text", shards=2), tmp_path / "out"
+    command = ("--input_dir", source, "--output_dir", out)
+    assert cli(*command).rc == 0
+    (out / "model-00001-of-00002.safetensors").unlink()
+    again = cli(*command).err.splitlines()
+    kept = "note: 1 of 2 shards are there from an earlier run and kept"
+    assert again == [kept, "[2/2] model-00001-of-00002.safetensors"]
+    (out / "model-00001-of-00002.safetensors").unlink()
+    verified = cli(*command, "--verify_samples", "all").err.splitlines()
+    assert verified[0] == f"{kept}, 1 of them to be verified"
+    assert "[1/2] model-00002-of-00002.safetensors (kept; verified)" in verified
+
+
+def test_a_finished_directory_is_said_to_be_finished_and_when_it_was_checked(
+    checkpoint: Callable, tmp_path: Path, cli: Callable
+) -> None:
+    command = ("--input_dir", checkpoint("text"), "--output_dir", tmp_path / "out")
+    first = cli(*command)
+    manifest = tmp_path / "out" / "fp8_quantization.json"
+    written = manifest.read_bytes()
+    os.utime(manifest, (0, calendar.timegm((2026, 3, 4, 12, 0, 0))))
+    day = time.strftime("%Y-%m-%d %H:%M", time.localtime(calendar.timegm((2026, 3, 4, 12, 0, 0))))
+    for _ in range(2):  # the second: looking does not move the date
+        again = cli(*command)
+        assert again.err == f"note: nothing to do, this is the earlier verdict, checked on {day}\n"
+        assert (again.rc, again.out) == (first.rc, first.out)
+        assert manifest.read_bytes() == written
+    # Checked in another way, it is checked anew, today.
+    assert "nothing to do" not in cli(*command, "--verify_samples", "all").err
+    assert day not in cli(*command, "--verify_samples", "all").err
 
 
 def test_piped_output_is_plain_text_with_a_line_per_shard(

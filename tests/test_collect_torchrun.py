@@ -124,7 +124,7 @@ def test_ranks_write_what_one_process_writes(checkpoint, prompts, alone, tmp_pat
     [
         (["--model_dir", "nowhere"], "nowhere: no such directory"),
         (["--output", "missing/s.json"], "missing: no such directory"),
-        (["--prompt_file", "x"], "unrecognized arguments: --prompt_file x; see --help"),
+        (["--prompt_file", "x"], "unrecognized arguments: --prompt_file (did you mean --prompts_file?)"),
     ],
 )
 def test_what_is_wrong_is_said_once(checkpoint, prompts, tmp_path, flags, complaint):

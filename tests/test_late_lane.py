@@ -32,7 +32,9 @@ PIECE = 128 * 256
 
 @pytest.fixture(scope="module")
 def plan(checkpoint: Callable) -> ShardPlan:
-    [shard] = make_plan(open_checkpoint(checkpoint("moe_text", num_hidden_layers=1, mtp=False))).shards
+    [shard] = make_plan(
+        open_checkpoint(checkpoint("moe_text", num_hidden_layers=1, num_experts=4, mtp=False))
+    ).shards
     return shard
 
 

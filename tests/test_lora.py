@@ -12,10 +12,30 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import forked
+import forked_ranks
 import peft_adapters
 import tiny_checkpoints
 from forked import At
+from forked_ranks import Rank
+from fp8lib.calibration.second_moments_file import inputs_of, pack
+from fp8lib.calibration.second_moments_writer import SecondMomentsWriter
+from fp8lib.checkpoint.adapters import open_adapters
+from fp8lib.checkpoint.directory import open_checkpoint
+from fp8lib.checkpoint.layout import ShardPlan
+from fp8lib.checkpoint.merged_plan import with_adapters
+from fp8lib.checkpoint.plan import make_plan
+from fp8lib.numerics.modes import Calibration
 from fp8lib.streaming import shard_job
+from fp8lib.streaming.convert import Nearest
+from fp8lib.streaming.merging import AdapterMerge
+from fp8lib.streaming.pipeline import process
+from fp8lib.streaming.shard_job import Settings
+from fp8lib.streaming.units import divide
+from fp8lib.verification.pairing import planned_pairs
+from fp8lib.verification.restored import planned_restored
+from fp8lib.verification.shard_check import ShardCheck
+from pretended_device import PretendedCuda
+from test_second_order import moments as correlated
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 MANIFEST, CONFIG = "fp8_quantization.json", "config.json"
@@ -98,14 +118,28 @@ def adapted(checkpoint: Callable, tmp_path_factory: pytest.TempPathFactory) -> C
     return make
 
 
+@pytest.fixture(scope="module")
+def merged(adapted: Callable, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`merged(case)`: what PEFT makes of base and adapters."""
+    made: dict[str, Path] = {}
+
+    def make(case: str) -> Path:
+        if case not in made:
+            base, adapters, auto = adapted(case)
+            fused = CASES[case][0].get("experts") != "per_expert"
+            folder = tmp_path_factory.mktemp("merged")
+            made[case] = peft_adapters.merge(base, adapters, folder, auto=auto, fused=fused)
+        return made[case]
+
+    return make
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_output_is_that_of_the_model_that_peft_merged(
-    case: str, adapted: Callable, quantized: Callable, tmp_path: Path
+    case: str, adapted: Callable, merged: Callable, quantized: Callable
 ) -> None:
     base, adapters, auto = adapted(case)
-    fused = CASES[case][0].get("experts") != "per_expert"
-    merged = peft_adapters.merge(base, adapters, tmp_path / "merged", auto=auto, fused=fused)
-    expected, found = bits(quantized(merged)), bits(quantized(base, *lora(adapters)))
+    expected, found = bits(quantized(merged(case))), bits(quantized(base, *lora(adapters)))
     plain = bits(quantized(base))
     if auto is None:
         assert found.keys() == expected.keys()
@@ -162,7 +196,61 @@ def test_experts_that_an_adapter_names_one_by_one_are_merged_as_linear_layers(
     assert weights.keys() == tiny_checkpoints.tensors(quantized(copy, "--calib_mode", "max")).keys()
 
 
+def test_what_is_merged_can_be_rounded_by_second_moments(
+    adapted: Callable, merged: Callable, quantized: Callable, tmp_path: Path
+) -> None:
+    base, adapters, _ = adapted("dense")
+    moments = tmp_path / "some.second_moments.safetensors"
+    plan = make_plan(open_checkpoint(base))
+    inputs = inputs_of((m.weight.name, m.columns) for m in plan.matrices)
+    with SecondMomentsWriter(moments, inputs, {}) as writer:
+        for seed, each in enumerate(inputs):
+            writer.add(each.name, each.channels, pack(correlated(each.channels, seed).numpy()), 600)
+        writer.commit()
+    flags = ("--rounding", "second_order", "--second_moments", moments, "--verify_samples", "all")
+    found, expected = (quantized(base, *lora(adapters), *flags), quantized(merged("dense"), *flags))
+    assert bits(found) == bits(expected)
+    assert bits(found) != bits(quantized(base, *lora(adapters)))
+    # Judged by the outputs of the merged weights, too: with those of the base no rounding is repeated.
+    shards = [json.loads((f / MANIFEST).read_text())["shards"] for f in (found, expected)]
+    assert [s["measurements"] for s in shards[0].values()] == [s["measurements"] for s in shards[1].values()]
+
+
+def test_outputs_are_not_compared_with_a_base_that_is_not_the_merged_model(
+    adapted: Callable, cli: Callable, tmp_path: Path
+) -> None:
+    base, adapters, _ = adapted("dense")
+    result = cli("--input_dir", base, "--output_dir", tmp_path / "out", *lora(adapters), "--compare_outputs")
+    assert (result.rc, result.out) == (2, "")
+    assert "--compare_outputs: not allowed with argument --lora_dir" in result.err
+
+
 # --- one run after another, and cut another way ---------------------------------------------------
+
+
+def test_a_device_with_batches_and_readers_merges_the_same_bytes(
+    adapted: Callable, quantized: Callable, tmp_path: Path
+) -> None:
+    """Small matrices go to the device together: each is merged by its own name, from its own first row."""
+    base, adapters, _ = adapted("fused experts")
+    checkpoint = open_checkpoint(base)
+    merging = open_adapters(adapters, checkpoint)
+    plan = with_adapters(make_plan(checkpoint), merging)
+    out, merge = tmp_path / "out", AdapterMerge(merging)
+    out.mkdir()
+
+    def check(shard: ShardPlan, path: Path) -> ShardCheck:
+        pairs, kept = planned_pairs(shard, path), planned_restored(shard, path)
+        return ShardCheck(shard.name, pairs, [], None, 0, merge=merge, merged=kept)
+
+    with PretendedCuda():
+        convert = Nearest(Calibration("rms"))
+        settings = Settings(convert, torch.device("cuda:0"), 2, piece=5 * 128 * 256, merge=merge)
+        done = list(process(divide(list(plan.shards), 1, False), out, settings, check=check))
+    assert not [problem for each in done if each.check for problem in each.check.problems]
+    measured = [m.cosine for each in done if each.check for m in each.check.measurements()]
+    assert min(measured) > 0.999  # against the base some are below 0.9
+    assert bits(out) == bits(quantized(base, *lora(adapters)))
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -214,23 +302,24 @@ def test_manifest_and_config_name_the_fingerprint_of_each_adapter(
     assert "adapters" not in json.loads((quantized(base) / MANIFEST).read_text())["settings"]
 
 
-def test_ranks_with_other_adapters_than_rank_0_refuse(adapted: Callable) -> None:
-    """A machine that was not given the adapter has no such key in its terms."""
-    from argparse import Namespace
+def test_two_ranks_merge_what_one_process_merges(
+    adapted: Callable, quantized: Callable, tmp_path: Path
+) -> None:
+    base, adapters, _ = adapted("dense")
+    command = ["--input_dir", base, "--output_dir", tmp_path / "out", *lora(adapters)]
+    ended = forked_ranks.run([Rank()] * 2, *command, "--device", "cpu")
+    assert [each.rc for each in ended] == [0, 0], ended[0].err
+    assert bits(tmp_path / "out") == bits(quantized(base, *lora(adapters)))
 
-    from fp8lib import Fp8Error
-    from fp8lib.job.quantizing import _check_agreement
 
-    class Ranks:
-        rank, attempt = 1, "x"
-
-    for mine, theirs in (
-        ({}, {"adapters": ["a"]}),
-        ({"adapters": ["a"]}, {}),
-        ({"adapters": ["a"]}, {"adapters": ["b"]}),
-    ):
-        with pytest.raises(Fp8Error, match="rank 1 has other adapters than rank 0"):
-            _check_agreement(Namespace(input_dir=Path("in")), mine, theirs, Ranks())
+def test_ranks_with_other_adapters_than_rank_0_refuse(adapted: Callable, tmp_path: Path) -> None:
+    """One machine was not given the adapter."""
+    base, adapters, _ = adapted("dense")
+    command = ["--input_dir", base, "--output_dir", tmp_path / "out", "--device", "cpu"]
+    ended = forked_ranks.run([Rank(tuple(lora(adapters))), Rank()], *command)
+    assert [each.rc for each in ended] == [2, 2]
+    assert "rank 1 has other adapters than rank 0" in ended[0].err
+    assert not (tmp_path / "out" / CONFIG).exists()
 
 
 def test_dry_run_counts_what_adapters_change_and_writes_nothing(

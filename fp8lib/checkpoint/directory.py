@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fp8lib import Fp8Error
 from fp8lib.checkpoint.headers import Shard, read_shard
+from fp8lib.checkpoint.mistaken import mistake
 from fp8lib.checkpoint.rules import SUPPORTED_MODEL_TYPES
 from fp8lib.checkpoint.untrusted import MAX_TENSORS, is_text, printable, read_json, resolve_inside, why
 
@@ -55,8 +56,8 @@ def open_checkpoint(root: Path) -> Checkpoint:
     Raises:
         Fp8Error: it is not a complete checkpoint of a supported model type; says which file and why.
     """
-    if not root.is_dir():
-        raise Fp8Error(f"{printable(root)}: no such directory; check the path")
+    if wrong := mistake(root):
+        raise Fp8Error(f"{printable(root)}: {wrong}")
     config = _read_config(root)
     names, weight_map = _shard_names(root)
     shards = _read_shards(root, names)

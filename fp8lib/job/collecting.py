@@ -16,7 +16,8 @@ from fp8lib import Fp8Error, __version__
 from fp8lib.calibration.second_moments_file import path_beside
 from fp8lib.calibration.statistics_file import SUFFIXES, looks_like_statistics
 from fp8lib.calibration.statistics_writer import StatisticsWriter
-from fp8lib.checkpoint.directory import Checkpoint, open_checkpoint
+from fp8lib.checkpoint.consistency import check_config
+from fp8lib.checkpoint.directory import CONFIG, Checkpoint, open_checkpoint
 from fp8lib.checkpoint.plan import Plan, make_plan
 from fp8lib.checkpoint.rules import Selection
 from fp8lib.checkpoint.untrusted import printable
@@ -24,6 +25,7 @@ from fp8lib.job import moments
 from fp8lib.job.forward_passes import (
     check_agreement,
     load,
+    load_config,
     load_transformers,
     share_of,
     tokens_of,
@@ -89,7 +91,8 @@ def _run(flags: Namespace, talk: Talk, ranks: Ranks) -> None:
     import accelerate  # noqa: F401 - device_map needs it, and would say so late
 
     root = plan.checkpoint.root
-    config = load(transformers.AutoConfig, root, "config.json").get_text_config()
+    config = load_config(root)
+    _check_generation(flags, config)
     tokenizer = load(transformers.AutoTokenizer, root, "the tokenizer")
     ids = tokens_of(flags, root, prompts, tokenizer, config.vocab_size)
     chosen = [flags.batch_size, flags.second_moments, flags.second_moments_limit]
@@ -179,6 +182,7 @@ def _refuse_early(flags: Namespace, ranks: Ranks) -> tuple[Plan, list[Prompt], "
         raise Fp8Error("under torchrun: add --layerwise; without it one process spreads the model itself")
     # The largest set, so that one file serves every choice of the quantizer.
     plan = make_plan(open_checkpoint(flags.model_dir), Selection("official"))
+    check_config(plan.checkpoint)
     prompts = read_prompts(flags.prompts_file)
     require_tokenizer(plan.checkpoint.root)
     device = _device(flags, ranks)
@@ -189,6 +193,16 @@ def _refuse_early(flags: Namespace, ranks: Ranks) -> tuple[Plan, list[Prompt], "
     if not flags.dry_run:
         _check_memory(flags, plan.checkpoint, device, ranks, extra)
     return plan, prompts, device
+
+
+def _check_generation(flags: Namespace, config) -> None:
+    """Refuse to generate with a model that has no full attention: transformers' cache has no place for it."""
+    if flags.layerwise or flags.max_tokens < 2 or "full_attention" in config.layer_types:
+        return
+    raise Fp8Error(
+        f"{printable(flags.model_dir / CONFIG)}: none of its {config.num_hidden_layers} layers is full "
+        "attention, and transformers cannot generate without; add --layerwise or --max_tokens 0"
+    )
 
 
 def _check_output(path: Path) -> None:
@@ -314,7 +328,7 @@ def _one_layer_at_a_time(
     total = sum(len(batch.ids) for batch in batches) * config.num_hidden_layers
     quiet = flags.quiet or not ranks.is_main
     recording = Recorder(plan, collector and collector.sums)
-    with Progress(total, "layers", quiet, ranks) as progress, recording as recorder:
+    with Progress(total, "layers", quiet, ranks, "prompts x layers") as progress, recording as recorder:
         layers = layerwise.run(plan.checkpoint, config, shares[ranks.rank], device, recorder, progress)
         for number, inputs in enumerate(layers):
             if not ranks.is_main:

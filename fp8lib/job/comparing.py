@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fp8lib import Fp8Error
+from fp8lib.checkpoint.consistency import check_config
 from fp8lib.checkpoint.directory import CONFIG, Checkpoint, open_checkpoint, require_supported
 from fp8lib.checkpoint.untrusted import printable
 from fp8lib.job.forward_passes import (
     check_agreement,
     load,
+    load_config,
     load_transformers,
     share_of,
     tokens_of,
@@ -81,20 +83,23 @@ def prepare(flags: Namespace, ranks: Ranks) -> Inputs:
     Raises:
         Fp8Error: no tokenizer, prompts that cannot be read, directories of other models, too little memory.
     """
-    from fp8lib.streaming.devices import choose_device
+    from fp8lib.streaming.devices import choose_device, make_current
 
     original = open_checkpoint(flags.input_dir)
     require_supported(original.config, original.root)
+    check_config(original)
     _check_logits_out(flags)
     prompts = read_prompts(flags.prompts_file)
     require_tokenizer(original.root)
     finished = [flags.output_dir] if flags.verify_only else []
     others = [open_checkpoint(root) for root in (*finished, *filter(None, [flags.against]))]
     for other in others:
+        check_config(other)
         require_tokenizer(other.root)
     device = choose_device(flags.device, ranks.local_rank)
+    make_current(device)
     transformers = load_transformers(flags, ranks)
-    config = load(transformers.AutoConfig, original.root, CONFIG).get_text_config()
+    config = load_config(original.root)
     tokenizer = load(transformers.AutoTokenizer, original.root, "the tokenizer")
     tokens = tokens_of(flags, original.root, prompts, tokenizer, config.vocab_size)
     if all(len(row) < 2 for row in tokens):
@@ -189,9 +194,8 @@ def _run(flags: Namespace, inputs: Inputs, candidates: Sequence[Checkpoint], ran
     prompts = sum(len(batch.ids) for share in shares for batch in share)
     ranks.count_anew("prompts compared")
     record = None
-    with Progress(
-        prompts * steps * (1 + len(candidates)), "layers", flags.quiet or not ranks.is_main, ranks
-    ) as progress:
+    total, quiet = prompts * steps * (1 + len(candidates)), flags.quiet or not ranks.is_main
+    with Progress(total, "layers", quiet, ranks, "prompts x layers") as progress:
         if share := shares[ranks.rank]:
             record = comparison.run(
                 inputs.original, candidates, serving, inputs.config, share, inputs.device, progress

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fp8lib import Fp8Error
-from fp8lib.checkpoint.directory import Checkpoint
+from fp8lib.checkpoint.directory import CONFIG, Checkpoint
 from fp8lib.checkpoint.rules import without_prefix
 from fp8lib.checkpoint.untrusted import printable
 from fp8lib.job.ranks import Ranks
@@ -54,6 +54,21 @@ def load(kind, root: Path, what: str):
             f"{printable(root)}: transformers cannot read {what} "
             f"({type(error).__name__}: {printable(' '.join(str(error).split()))})"
         ) from error
+
+
+def load_config(root: Path):
+    """transformers' config of the directory's text model; nothing in it is missing here.
+
+    Raises:
+        Fp8Error: transformers cannot read it, or would not build a model by it.
+    """
+    from transformers import AutoConfig
+
+    from fp8lib.model.internals import require_buildable
+
+    config = load(AutoConfig, root, CONFIG).get_text_config()
+    require_buildable(config, printable(root / CONFIG))
+    return config
 
 
 def tokens_of(

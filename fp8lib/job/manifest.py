@@ -8,6 +8,7 @@ and flags give the same manifest.
 import math
 import os
 import re
+import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -96,6 +97,15 @@ class Manifest:
         return None
 
 
+def date_of(folder: Path) -> str:
+    """When a directory's shards were last written or verified, in local time.
+
+    It is the time of the manifest's file. In the file it would make directories differ that are the same.
+    """
+    written = (folder / MANIFEST).stat().st_mtime
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(written))
+
+
 def load(folder: Path) -> Manifest | None:
     """The manifest of a directory, None if it has none; without the shards whose record is damaged.
 
@@ -166,7 +176,7 @@ def from_record(name: str, record: dict, verification: dict | None) -> ShardResu
         measurements = tuple(map(_measurement, record["measurements"]))
         problems = tuple(map(printable, record["problems"]))
         return ShardResult(name, record["size"], record["sha256"], measurements, problems)
-    except (KeyError, TypeError, ValueError, OverflowError):
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
         return None
 
 

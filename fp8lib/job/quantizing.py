@@ -21,6 +21,7 @@ from fp8lib.checkpoint.tensor_parallel import tensor_parallel
 from fp8lib.checkpoint.untrusted import printable
 from fp8lib.job import dequantizing, manifest, output_dir, rounding, trying
 from fp8lib.job.manifest import Manifest, ShardResult
+from fp8lib.job.progress import Progress
 from fp8lib.job.ranks import Ranks
 from fp8lib.job.run import (
     agree,
@@ -70,7 +71,9 @@ def quantize(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
         state = output_dir.inspect(flags.output_dir, plan, mine, flags.overwrite)
         results, todo = _resume(flags, plan, state, mine, terms)
         output_dir.prepare(flags.output_dir, state, complete=not todo.quantize)
-        journal = _Journal(mine, flags)
+        if state.manifest:
+            _say_what_is_kept(flags, talk, plan, todo)
+        journal = _Journal(mine, flags, state.manifest)
         journal.save()
 
         def record(result: ShardResult) -> None:
@@ -80,8 +83,7 @@ def quantize(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
 
         ranks.publish("todo", asdict(todo))
         work = _work(flags, plan, ranks, settings, todo)
-        total = sum(s.input_bytes for s in plan.shards if s.name in todo.quantize)
-        work_and_gather(flags, ranks, settings, work, todo.count, total, record)
+        work_and_gather(flags, ranks, settings, work, _progress(flags, plan, todo), record)
         journal.save()
         _finish(flags, plan, results)
     ordered = [results[s.name] for s in plan.shards]
@@ -176,9 +178,10 @@ class _Journal:
     shard is verified again.
     """
 
-    def __init__(self, mine: Manifest, flags: Namespace) -> None:
+    def __init__(self, mine: Manifest, flags: Namespace, on_disk: Manifest | None) -> None:
         self._manifest, self._flags = mine, flags
-        self._saved, self._not_before = False, 0.0
+        # Not written again where nothing has changed: its time tells when the shards were verified.
+        self._saved, self._not_before = mine == on_disk, 0.0
 
     def record(self, result: ShardResult) -> ShardResult:
         """Record a result; returns it with the checksum that an earlier one of that shard had."""
@@ -291,6 +294,23 @@ def _resume(
         else:
             todo.verify.append(shard.name)
     return results, todo
+
+
+def _say_what_is_kept(flags: Namespace, talk: Talk, plan: Plan, todo: Todo) -> None:
+    """What an earlier run has done already."""
+    if not todo.count:
+        done = "finished" if flags.skip_verify else "checked"
+        verdict = "" if flags.skip_verify else ", this is the earlier verdict"
+        talk.warn(f"nothing to do{verdict}, {done} on {manifest.date_of(flags.output_dir)}")
+    elif kept := len(plan.shards) - len(todo.quantize):
+        again = f", {len(todo.verify)} of them to be verified" if todo.verify else ""
+        talk.warn(f"{kept} of {len(plan.shards)} shards are there from an earlier run and kept{again}")
+
+
+def _progress(flags: Namespace, plan: Plan, todo: Todo) -> Progress:
+    total = sum(s.input_bytes for s in plan.shards if s.name in todo.quantize)
+    total += sum(s.size for s in plan.shards if s.name in todo.verify)
+    return Progress(total, [s.name for s in plan.shards], todo.count, todo.verify, flags.quiet)
 
 
 def _work(flags: Namespace, plan: Plan, ranks: Ranks, settings, todo: Todo) -> list:

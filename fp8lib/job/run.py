@@ -197,8 +197,7 @@ def work_and_gather(
     ranks: Ranks,
     settings,
     work: list,
-    expected: int,
-    total_bytes: int,
+    progress: Progress,
     record: Callable[[ShardResult], None],
 ) -> None:
     """Rank 0's share of the work, and the results of all ranks as they come.
@@ -208,11 +207,10 @@ def work_and_gather(
         ranks: all of them.
         settings: how shards are processed.
         work: units and shards to check, the same list on every rank.
-        expected: shards that will have a final result.
-        total_bytes: input bytes to quantize, for the progress bar.
+        progress: of the shards that will have a final result; closed at the end.
         record: called with every result.
     """
-    with Progress(total_bytes, expected, flags.quiet) as progress:
+    with progress:
 
         def finished(result: ShardResult) -> None:
             record(result)
@@ -233,10 +231,10 @@ def work_and_gather(
                 finished(result)
         # Wait until every rank has either refused or begun. Otherwise a fast rank 0 could end first, and
         # whether the run fails would depend on speed.
-        while progress.done < expected or not ranks.all_at_work():
+        while not (progress.is_done and ranks.all_at_work()):
             progress.show("", ranks.look_again())
             receive()
-        progress.show("", total_bytes)
+        progress.show_all()
 
 
 def _process(flags: Namespace, ranks: Ranks, settings, work: list, on_bytes) -> Iterator[ShardResult]:

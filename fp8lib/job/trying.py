@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 
 from fp8lib import Fp8Error
-from fp8lib.checkpoint.layout import Matrix, ShardPlan
+from fp8lib.checkpoint.headers import Shard
+from fp8lib.checkpoint.layout import Matrix
 from fp8lib.checkpoint.plan import Plan
 from fp8lib.checkpoint.rules import fusion_group
 from fp8lib.checkpoint.untrusted import printable
@@ -66,49 +67,54 @@ def _by_group(failures: Sequence[Failure]) -> dict[str, str]:
     return {group: reason_of(groups[group]) for group in sorted(groups)}
 
 
-def _units(plan: Plan, ranks: int) -> list[tuple[ShardPlan, tuple[Matrix, ...]]]:
-    """The candidates in parts for processes to take: matrices of one shard that follow each other."""
+def _units(plan: Plan, ranks: int) -> list[tuple[str, Shard, list[Matrix]]]:
+    """The candidates in parts for processes to take: matrices of one shard that follow each other.
+
+    Returns:
+        (label, shard of the input, matrices) of each.
+    """
     total = sum(m.rows * m.input_row_bytes for m in plan.matrices)
     share = math.inf if ranks == 1 else max(total / ranks / _UNITS_PER_RANK, _SMALLEST_UNIT)
     units = []
     for shard in plan.shards:
-        part: list[Matrix] = []
-        held = 0
+        parts: list[list[Matrix]] = []
+        held = share
         for matrix in shard.matrices:
-            part.append(matrix)
-            held += matrix.rows * matrix.input_row_bytes
             if held >= share:
-                units.append((shard, tuple(part)))
-                part, held = [], 0
-        if part:
-            units.append((shard, tuple(part)))
+                parts.append([])
+                held = 0
+            parts[-1].append(matrix)
+            held += matrix.rows * matrix.input_row_bytes
+        for number, part in enumerate(parts, 1):
+            label = f"{shard.name} {number}/{len(parts)}" if parts[1:] else shard.name
+            units.append((label, shard.source, part))
     return units
 
 
 def _gather(flags: Namespace, ranks: Ranks, settings, work: Sequence, total: int) -> list[Failure]:
     """Rank 0's share of the candidates, and what all ranks find."""
     failures: list[Failure] = []
-    with Progress(total, len(work), flags.quiet) as progress:
+    with Progress(total, [label for label, _, _ in work], len(work), quiet=flags.quiet) as progress:
 
-        def finished(name: str, found: Sequence) -> None:
+        def finished(label: str, found: Sequence) -> None:
             failures.extend(Failure(*each) for each in found)
-            progress.finished(f"{name} tried")
+            progress.finished(f"{label} (tried)")
 
         def receive() -> None:
-            for name, found in ranks.new_results():
-                finished(name, found)
+            for label, found in ranks.new_results():
+                finished(label, found)
 
         def on_bytes(name: str, count: int) -> None:
             if (done := ranks.progress(count)) is not None:
                 progress.show(name, done)
                 receive()
 
-        for name, found in _failures(flags, ranks, settings, work, on_bytes):
-            finished(name, found)
-        while progress.done < len(work) or not ranks.all_at_work(_PASS):
+        for label, found in _failures(flags, ranks, settings, work, on_bytes):
+            finished(label, found)
+        while not (progress.is_done and ranks.all_at_work(_PASS)):
             progress.show("", ranks.look_again())
             receive()
-        progress.show("", total)
+        progress.show_all()
     return failures
 
 
@@ -122,7 +128,7 @@ def _help(flags: Namespace, ranks: Ranks, settings, work: Sequence) -> None:
 def _failures(
     flags: Namespace, ranks: Ranks, settings, work: Sequence, on_bytes: Callable[[str, int], None]
 ) -> Iterator[tuple[str, list[Failure]]]:
-    """(shard's name, what of it would FAIL) for each unit that this rank takes."""
+    """(its label, what of it would FAIL) for each unit that this rank takes."""
     from fp8lib.streaming import pipeline
     from fp8lib.streaming.scheduler import ToCheck
     from fp8lib.verification.trial import Method, Trial
@@ -130,9 +136,9 @@ def _failures(
     method = Method(settings.convert, flags.calibration.powers_of_two)
 
     def trials() -> Iterator[ToCheck]:
-        for shard, matrices in ranks.share(_PASS, work):
-            trial = Trial(shard.source, matrices, (method,), settings.merge, on_bytes)
-            yield ToCheck(shard.name, shard.source.size, trial, (shard.source,))
+        for label, source, matrices in ranks.share(_PASS, work):
+            trial = Trial(source, matrices, (method,), settings.merge, on_bytes)
+            yield ToCheck(label, source.size, trial, (source,))
 
     with closing(pipeline.process(trials(), flags.input_dir, settings)) as results:
         for done in results:

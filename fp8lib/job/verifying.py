@@ -2,7 +2,7 @@
 
 import os
 from argparse import Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from fp8lib.checkpoint.tensor_parallel import tensor_parallel
 from fp8lib.checkpoint.untrusted import printable
 from fp8lib.job import manifest
 from fp8lib.job.manifest import ShardResult
+from fp8lib.job.progress import Progress
 from fp8lib.job.ranks import Ranks
 from fp8lib.job.rounding import open_moments
 from fp8lib.job.run import agree, settings_for, shard_check, summarize, work_and_gather, work_for_main
@@ -61,8 +62,10 @@ def verify_only(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
         work_for_main(flags, ranks, settings, work)
         return agree(ranks, None)
     results: dict[str, ShardResult] = {}
+    names, total = [item.name for item in work], sum(item.size for item in work)
+    progress = Progress(total, names, len(work), quiet=flags.quiet)
     work_and_gather(
-        flags, ranks, settings, work, len(work), 0, lambda result: results.update({result.name: result})
+        flags, ranks, settings, work, progress, lambda result: results.update({result.name: result})
     )
     used = earlier and earlier.settings.get("calibration")
     ordered = [results[item.name] for item in work]
@@ -74,7 +77,7 @@ def verify_only(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
         totals=Totals(len(work), sum(bool(r.problems) for r in ordered), fp8, kept, merged),
         measurements=[m for r in ordered for m in r.measurements],
         problems=[p for r in ordered for p in r.problems],
-        calibration=_calibration(flags, used, ordered),
+        calibration=_calibration(flags, talk, str(used), ordered),
         label=f"{printable(used or 'unknown')} (verify only)",
         covered=None,
         loading=tensor_parallel(outputs, quantized.config),
@@ -83,6 +86,21 @@ def verify_only(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
     )
     verdict = summarize(flags, talk, found)
     return agree(ranks, verdict)
+
+
+def _calibration(flags: Namespace, talk: Talk, used: str, results: list[ShardResult]) -> Calibration:
+    """How scales were chosen, as the manifest says it; else as the flags say, and as scales show.
+
+    Advice is for that mode. What engines change are no powers of two.
+    """
+    try:
+        calibration = Calibration.parse(used)
+    except Fp8Error:
+        changed = any(m.requantized for r in results for m in r.measurements)
+        return replace(flags.calibration, scale_format="bf16" if changed else "ue8m0")
+    if flags.calibration not in (calibration, Calibration()):
+        talk.warn(f"scales were chosen by {calibration}; flags that say another mode have no effect")
+    return calibration
 
 
 def _matrices(quantized: Checkpoint) -> Iterator[tuple[str, Tensor]]:
@@ -110,14 +128,6 @@ def _earlier_run(
         how = f"with the adapters {printable(merged)}" if merged else "without adapters"
         talk.warn(f"{says} made {how}; give the same with --lora_dir, and no others")
     return earlier
-
-
-def _calibration(flags: Namespace, used: object, results: Iterable[ShardResult]) -> Calibration:
-    """The mode that was used, which advice is for; what engines change are no powers of two."""
-    with suppress(Fp8Error):
-        return Calibration.parse(str(used))
-    changed = any(m.requantized for r in results for m in r.measurements)
-    return replace(flags.calibration, scale_format="bf16" if changed else "ue8m0")
 
 
 def open_finished(folder: Path) -> Checkpoint:

@@ -14,6 +14,7 @@ names the installed version and the ones that are known to work.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ import torch
 import transformers
 
 from fp8lib import Fp8Error
+from fp8lib.checkpoint.untrusted import printable
 
 TRIED = ("5.17.0", "5.23.0")
 """The oldest and the newest version that the tests have run against."""
@@ -60,16 +62,66 @@ class Hollow(NamedTuple):
     norm: torch.nn.Module
 
 
+def require_buildable(config: transformers.PreTrainedConfig, where: str) -> None:
+    """Refuse a config that names something which this installation does not have.
+
+    Args:
+        config: of the text model.
+        where: its file, for messages.
+
+    Raises:
+        Fp8Error: an unknown activation function or rope type; an implementation that is not installed.
+    """
+    with _needs("its tables of activation functions and rope types"):
+        from transformers.activations import ACT2FN
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    version = f"transformers {transformers.__version__}"
+    if config.hidden_act not in ACT2FN:
+        raise Fp8Error(f"{where}: hidden_act {printable(config.hidden_act)!r} is unknown to {version}")
+    rope = config.rope_parameters or {}
+    kind = rope.get("rope_type", "default") if isinstance(rope, dict) else rope
+    if kind not in ("default", *ROPE_INIT_FUNCTIONS):
+        raise Fp8Error(f"{where}: rope_type {printable(kind)!r} is unknown to {version}")
+    for key in ("attn_implementation", "experts_implementation"):
+        name = getattr(config, f"_{key}", None)
+        if name not in (None, "eager") and (why := _unavailable(config, key, name)):
+            raise Fp8Error(
+                f"{where}: {key} {printable(name)!r} cannot be used here ({why}); remove it from the file, "
+                "or install what it needs"
+            )
+
+
+def _unavailable(config: transformers.PreTrainedConfig, key: str, name: str) -> str | None:
+    """What the library says against an implementation, trying it on a model of one layer without memory."""
+    small = copy.deepcopy(config)
+    small.num_hidden_layers, small.layer_types = 1, config.layer_types[:1]
+    other = {"attn_implementation": "experts", "experts_implementation": "attn"}[key]
+    with _needs("the choice of implementations"):
+        setattr(small, f"_{other}_implementation", None)
+    try:
+        with torch.device("meta"):
+            transformers.AutoModel.from_config(small)
+    except Exception as error:  # whatever any of the libraries below may raise
+        return f"{type(error).__name__}: {printable(' '.join(str(error).split()))}"
+    return None
+
+
 def hollow_model(config: transformers.PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> Hollow:
     """transformers' text model without weights, its layers, and its last norm, both taken out.
 
     Layers and norm are on the meta device, which takes no memory. The model passes its input on.
 
     Raises:
-        Fp8Error: this version of transformers builds it in another way.
+        Fp8Error: it cannot be built, or this version of transformers builds it in another way.
     """
-    with torch.device("meta"):
-        model = transformers.AutoModel.from_config(config, dtype=dtype).eval()
+    try:
+        with torch.device("meta"):
+            model = transformers.AutoModel.from_config(config, dtype=dtype).eval()
+    except Exception as error:  # whatever any of the libraries below may raise
+        raise Fp8Error(
+            f"transformers {transformers.__version__} cannot build the model that config.json describes "
+            f"({type(error).__name__}: {printable(' '.join(str(error).split()))})"
+        ) from error
     with _needs("the parts of a text model"):
         hollow = Hollow(model, tuple(model.layers), model.norm)
         model.layers = torch.nn.ModuleList(PassOn() for _ in hollow.layers)

@@ -14,6 +14,8 @@ SCALE_FORMATS = ("ue8m0", "bf16")
 """What a scale may be: a power of two, or any BF16 number. Both are stored as BF16."""
 PHASES = 128
 """BF16 mantissas in an octave: the number of scales that round differently."""
+LEAST_PERCENTILE = 50
+"""Below it more than half of the weights would be clipped. Nobody means that; 0.999 is meant to be 99.9."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Calibration:
         mode: one of MODES.
         rms_factor: k of `rms`, > 0.
         rms_saturate: use k * rms / 448 as it is and clip what exceeds it.
-        percentile: p of `percentile`, in (0, 100].
+        percentile: p of `percentile`, in [50, 100].
         mse_grid_size: scale phases `mse` tries per octave, 1..128; 128 is every BF16 scale. Powers of two
             have one phase, whatever it says.
         scale_format: one of SCALE_FORMATS.
@@ -45,8 +47,10 @@ class Calibration:
             raise Fp8Error(f"--calib_mode {self.mode}: choose one of {', '.join(MODES)}")
         if not 0 < self.rms_factor <= 1e4:
             raise Fp8Error(f"--rms_factor {self.rms_factor}: must be above 0 and at most 10000")
-        if not 0 < self.percentile <= 100:
-            raise Fp8Error(f"--calib_percentile {self.percentile}: must be above 0 and at most 100")
+        if not LEAST_PERCENTILE <= self.percentile <= 100:
+            raise Fp8Error(
+                f"--calib_percentile {self.percentile}: must be {LEAST_PERCENTILE} to 100; 99.9 means 99.9 %"
+            )
         if not 1 <= self.mse_grid_size <= PHASES:
             raise Fp8Error(f"--mse_grid_size {self.mse_grid_size}: must be 1 to {PHASES}")
         if self.scale_format not in SCALE_FORMATS:

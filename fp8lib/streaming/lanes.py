@@ -5,7 +5,7 @@ import ctypes
 import mmap
 import os
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -60,6 +60,7 @@ class Files:
 
     def __init__(self) -> None:
         self._descriptors: dict[tuple[Path, bool], int] = {}
+        self._read: Counter[Path] = Counter()
         self._refuses_direct: set[Path] = set()  # its descriptor stays open: others may be using it
         self._lock = threading.Lock()
 
@@ -81,6 +82,7 @@ class Files:
                         f"{printable(path)}: became shorter while it was read; restore it and run again"
                     )
                 view, start = view[count:], start + count
+                self._count(path, count)
         except OSError as error:
             raise Fp8Error(f"{printable(path)}: cannot be read ({error.strerror})") from None
 
@@ -120,7 +122,16 @@ class Files:
             if not is_refusal(error):
                 raise Fp8Error(f"{printable(path)}: cannot be read ({error.strerror})") from None
             self._refuses_direct.add(path)
+        self._count(path, done)
         return done
+
+    def bytes_read(self, path: Path) -> int:
+        """Bytes that were read from a file so far, those read twice counted twice."""
+        return self._read[path]
+
+    def _count(self, path: Path, nbytes: int) -> None:
+        with self._lock:
+            self._read[path] += nbytes
 
     def refuse_changed(self, shard: Shard) -> None:
         """Refuse a file that is not, or no longer, the one whose header was read.

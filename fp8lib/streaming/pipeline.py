@@ -50,7 +50,8 @@ def process(
         work: what to do, in this order; taken from the iterable one by one, when a worker is free.
         output: an existing directory.
         settings: how.
-        on_bytes: called in this thread with (shard's name, input bytes done since the last call).
+        on_bytes: called in this thread with (shard's name, bytes done since the last call): of the input, or
+            of the file that is only checked.
         is_last_part: called, from another thread, when a part is durable: whether it was the shard's
             last, so that this process completes the shard. Only then is it yielded.
         check: (plan, path) -> what to do with a shard that was just completed.

@@ -63,7 +63,8 @@ class Scheduler:
     Args:
         output: directory of the output.
         settings: how shards are processed.
-        on_bytes: called with (shard's name, input bytes done since the last call).
+        on_bytes: called with (shard's name, bytes done since the last call): of the input, or of the file
+            that is only checked.
         is_last_part: called from the committing thread when a part is durable.
         check: makes the check of a shard that was just completed; None for no checks.
     """
@@ -203,7 +204,16 @@ class Scheduler:
         job, future, then = self.in_flight.popleft()
         then(future.result())
         job.outstanding -= 1
+        if job.unit is None:
+            self._report(job, job.files.bytes_read(self.output / job.name))
         self._advance(job)
+
+    def _report(self, job: ShardJob, nbytes: int) -> None:
+        """Tell progress how much of a shard that is only checked was looked at."""
+        nbytes = min(nbytes, job.size)  # scales are read twice
+        if nbytes > job.reported:
+            self.on_bytes(job.name, nbytes - job.reported)
+            job.reported = nbytes
 
     def _advance(self, job: ShardJob) -> None:
         """Move a shard to its next stage once nothing of the present one is under way."""
@@ -216,6 +226,8 @@ class Scheduler:
             commit = self.committer.submit(job.make_durable, self.is_last_part)
             self.committing.append((job, commit))
         else:
+            if job.unit is None:
+                self._report(job, job.size)  # a sample leaves out most of it
             self._close(job)
             self.done.append(self._done(job, final=True))
 

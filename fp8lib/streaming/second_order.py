@@ -11,12 +11,14 @@ from fp8lib.numerics.e4m3 import DTYPE, quantize
 from fp8lib.numerics.modes import Calibration
 from fp8lib.numerics.scales import block_scales
 from fp8lib.numerics.second_order import round_rows, with_headroom
+from fp8lib.streaming.devices import copy_without_waiting
 from fp8lib.streaming.factors import Factors
 
 CPU_PIECE = 2 * 1024 * 1024
 """Weights in a piece on the CPU: rows enough that calls count little, 90 MB of temporaries."""
-CUDA_PIECE = 64 * 1024 * 1024
-"""The same on CUDA, where each call takes 5 us however few the rows; 3 GB of temporaries per worker."""
+CUDA_PIECE = 64_000_000
+"""The same on CUDA, where each call takes 5 us however few the rows; 3 GB of temporaries per worker. A little
+less than 2^26, as `shard_job.CUDA_PIECE` is less than 2^24: pinned memory comes in powers of two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,7 @@ class SecondOrder:
         if self.importance is not None:
             values = self.importance(matrix.weight.name, matrix.columns)
             if values is not None:
-                activation = torch.from_numpy(values).to(rows.device, non_blocking=True)
+                activation = copy_without_waiting(torch.from_numpy(values), rows.device)
         scales, amax = block_scales(rows, self.calibration, activation)
         has_moments = self.factors.entry(matrix.weight.name, matrix.columns) is not None
         return with_headroom(scales, amax) if has_moments else scales

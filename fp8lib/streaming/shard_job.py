@@ -115,6 +115,7 @@ class ShardJob:
         broken: names of weights that hold NaN or infinity.
         outstanding: tasks handed out and not settled.
         stage: `quantize` or `check`.
+        reported: bytes of a shard that is only checked that progress was told of.
     """
 
     name: str
@@ -131,6 +132,7 @@ class ShardJob:
     outstanding: int = 0
     all_submitted: bool = False
     stage: str = "quantize"
+    reported: int = 0
 
     def open_output(self, folder: Path) -> None:
         """Create the output file under its temporary name."""
