@@ -5,9 +5,10 @@ import argparse
 from collections.abc import Iterator
 
 from fp8lib.checkpoint.dequantize_plan import EXPERT_LAYOUTS
-from fp8lib.checkpoint.rules import ELIGIBILITIES, Selection
+from fp8lib.checkpoint.rules import ELIGIBILITIES, KEPT_DTYPES, Selection
 from fp8lib.command_line import Command, Parser, path, positive
 from fp8lib.numerics.modes import MODES, PHASES, SCALE_FORMATS, Calibration
+from fp8lib.verification.bands import Bands
 
 MODE_FLAGS = (
     ("rms", "--rms_factor"),
@@ -23,13 +24,13 @@ COMPARISON_FLAGS = (
 """Flags that only --compare_outputs looks at."""
 QUANTIZING_FLAGS = (
     "calib_mode", "scale_format", *(flag[2:] for _, flag in MODE_FLAGS), "activation_stats",
-    "eligibility", "keep_failing", "keep_bf16", "quantize", "rounding", "second_moments", "damping",
-    "lora_dir", "verify_samples", "seed", "compare_outputs",
+    "eligibility", "keep_failing", "keep_bf16", "quantize", "kept_dtype", "rounding", "second_moments",
+    "damping", "lora_dir", "verify_samples", "seed", "band", "compare_outputs",
 )  # fmt: skip
 """Flags that mean nothing to --dequantize, which chooses no scales and verifies all that it writes."""
-WRITING_FLAGS = ("overwrite", "activation_stats", "eligibility", "keep_failing", "keep_bf16", "quantize")
+WRITING_FLAGS = ("overwrite", "eligibility", "keep_failing", "keep_bf16", "quantize", "kept_dtype")
 """Flags that --verify_only does not look at."""
-CHECKING_FLAGS = ("verify_samples", "seed")
+CHECKING_FLAGS = ("verify_samples", "seed", "band", "strict")
 """Flags that --skip_verify and --dry_run make idle."""
 
 
@@ -48,7 +49,10 @@ def make_parser() -> Parser:
         "--overwrite", action="store_true", help="replace what an earlier run wrote to --output_dir"
     )
 
-    group.add_argument("--checksums", action="store_true", help="also write SHA256SUMS, for sha256sum -c")
+    group.add_argument(
+        "--checksums", action="store_true",
+        help="also write SHA256SUMS of all files, for sha256sum -c; with a finished directory, that alone",
+    )  # fmt: skip
     group.add_argument(
         "--lora_dir", type=path, action="append", default=[], metavar="ADAPTER",
         help="merge this PEFT adapter into the weights before they are quantized; several in their order",
@@ -111,6 +115,12 @@ def make_parser() -> Parser:
         "repeatable",
     )  # fmt: skip
 
+    group.add_argument(
+        "--kept_dtype", choices=KEPT_DTYPES,
+        help="store what is kept of an F32 or F16 input like this, but for routers, norms and the state of "
+        "linear attention (as in the input)",
+    )  # fmt: skip
+
     group = parser.add_argument_group("rounding")
     group.add_argument(
         "--rounding", choices=("nearest", "second_order"), default="nearest",
@@ -142,8 +152,14 @@ def make_parser() -> Parser:
     group.add_argument("--skip_verify", action="store_true", help="write without verifying")
     group.add_argument(
         "--verify_only", action="store_true",
-        help="write nothing; measure a finished --output_dir, of this tool or another, against --input_dir",
+        help="write nothing but what --checksums asks for; measure a finished --output_dir, of this tool or "
+        "another, against --input_dir",
     )  # fmt: skip
+    group.add_argument(
+        "--band", action="append", default=[], metavar="NAME=GOOD,HARD",
+        help="limits of cosine, mae or maxae, such as cosine=0.9995,0.995; repeatable",
+    )  # fmt: skip
+    group.add_argument("--strict", action="store_true", help="exit code 1 for WARN, too")
     group.add_argument("--seed", type=int, default=0, help="of the random sample (%(default)s)")
 
     group = parser.add_argument_group("comparing outputs")
@@ -195,7 +211,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         keep=tuple(flags.keep_bf16),
         quantize=tuple(flags.quantize),
         keep_failing=flags.keep_failing,
+        kept_dtype=KEPT_DTYPES.get(flags.kept_dtype),
     )
+    flags.bands = Bands.parse(flags.band)
     flags.calibration = Calibration(
         mode=flags.calib_mode,
         rms_factor=flags.rms_factor,
@@ -248,6 +266,11 @@ def _refuse_combinations(flags: argparse.Namespace, parser: Parser) -> None:
         parser.error("--rounding second_order and --second_moments: give both or neither")
     if flags.dry_run and flags.compare_outputs:
         parser.error("argument --compare_outputs: not allowed with argument --dry_run")
+    if flags.lora_dir and flags.kept_dtype:
+        parser.error(
+            "argument --kept_dtype: not allowed with argument --lora_dir, which merges into the input's "
+            "dtype; leave one of them out"
+        )
     if flags.lora_dir and flags.compare_outputs:
         parser.error(
             "argument --compare_outputs: not allowed with argument --lora_dir, because --input_dir is not "
@@ -264,11 +287,10 @@ def _samples(text: str) -> int | None:
 
 
 def _run(flags: argparse.Namespace) -> int:
-    from fp8lib.job.run import run
+    from fp8lib.job.run import exit_code, run
     from fp8lib.terminal import Talk
-    from fp8lib.verification.health import Zone
 
-    return 1 if run(flags, Talk.to_terminal(flags.quiet)) is Zone.FAIL else 0
+    return exit_code(flags, run(flags, Talk.to_terminal(flags.quiet)))
 
 
 COMMAND = Command(

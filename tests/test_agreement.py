@@ -39,6 +39,7 @@ BYTES = {
     "second_moments": (SECOND_ORDER, ("--second_moments", "{other moments}")),
     "damping": (SECOND_ORDER, ("--damping", "0.02")),
     "activation_stats": (("--activation_stats", "{stats}"), ("--activation_stats", "{other stats}")),
+    "kept_dtype": ((), ("--kept_dtype", "bfloat16")),
     "input_dir": ((), ("--input_dir", "{other input}")),
     "lora_dir": (("--lora_dir", "{adapter}"), ("--lora_dir", "{other adapter}")),
 }

@@ -238,8 +238,9 @@ def fields(summary: str) -> dict[str, str]:
 
 
 def spot_checked(summary: str) -> tuple[int, dict[str, int]]:
-    """Spot-checked tensors, and how many of them are in each zone."""
-    text = fields(summary)["Spot-checked"]
+    """Checked tensors, and how many of them are in each zone."""
+    found = fields(summary)
+    text = found.get("Spot-checked") or found["Checked"]
     counts = {zone: int(n) for n, zone in re.findall(r"(\d+) (GOOD|WARN|FAIL)", text)}
     return int(text.split()[0]), counts
 
@@ -350,6 +351,11 @@ def test_verify_samples_is_a_number_per_shard_or_all(
     assert result.rc == 0, result.err
     in_all = int(fields(result.out)["FP8 weight tensors"])
     assert spot_checked(result.out)[0] == (in_all if per_shard is None else 2 * per_shard)
+    assert (
+        ("Checked" in fields(result.out))
+        == bool(re.search("^  kind ", result.out, re.M))
+        == (per_shard is None)
+    )
 
 
 def test_skip_verify_says_so_and_passes_no_verdict(
@@ -381,17 +387,35 @@ def test_the_seed_chooses_the_sample(checkpoint: Callable, quantized: Callable) 
     assert all(len(names) == 5 for names in zero.values())
 
 
-@pytest.mark.parametrize(("std", "rc", "verdict"), [(0.02, 0, "WARN"), (1.0, 1, "FAIL")])
+CLIPPING = ("--rms_saturate", "--scale_format", "bf16")
+"""Gaussian weights FAIL under it: cosine 0.99945."""
+
+
+@pytest.mark.parametrize(
+    ("std", "flags", "rc", "verdict"),
+    [
+        (0.02, (), 0, "GOOD"),
+        (0.02, ("--strict",), 0, "GOOD"),
+        (1.0, (), 0, "WARN"),  # absolute errors grow with the weights: 50 times the limit
+        (1.0, ("--strict",), 1, "WARN"),
+        (1.0, ("--band", "mae=1,2", "--band", "maxae=1,2", "--strict"), 0, "GOOD"),
+        (0.02, CLIPPING, 1, "FAIL"),
+        (0.02, (*CLIPPING, "--band", "cosine=0.995,0.99", "--band", "maxae=1,2"), 0, "GOOD"),
+    ],
+)
 def test_exit_code_tells_fail_from_warn(
-    std: float, rc: int, verdict: str, checkpoint: Callable, tmp_path: Path, cli: Callable
+    std: float, flags: tuple, rc: int, verdict: str, checkpoint: Callable, tmp_path: Path, cli: Callable
 ) -> None:
-    """E4M3's absolute error grows with the weights: at standard deviation 1 it is 50 times the limit."""
     kind, arguments = SMALL
     source = checkpoint(kind, **arguments, std=std)
-    result = cli("--input_dir", source, "--output_dir", tmp_path / "out")
+    result = cli("--input_dir", source, "--output_dir", tmp_path / "out", *flags)
+    bands = " ".join(flags[i + 1] for i, flag in enumerate(flags) if flag == "--band")
+    assert fields(result.out).get("Bands set", "") == bands
     assert result.rc == rc, result.err
     assert re.search(rf"VERDICT: \S {verdict}$", result.out, re.MULTILINE)
-    assert spot_checked(result.out) == (5, {"GOOD": 0, "WARN": 0, "FAIL": 0} | {verdict: 5})
+    checked, zones = spot_checked(result.out)
+    assert checked == 5
+    assert verdict == next(zone for zone in ("FAIL", "WARN", "GOOD") if zones[zone])
     assert (tmp_path / "out" / "config.json").exists()  # complete, for a person to judge
 
 
@@ -419,13 +443,19 @@ def test_the_worst_ten_tensors_are_listed_and_the_rest_counted(
     checkpoint: Callable, tmp_path: Path, cli: Callable
 ) -> None:
     result = cli(
-        "--input_dir", checkpoint("moe"), "--output_dir", tmp_path / "out", "--verify_samples", "all"
+        "--input_dir",
+        checkpoint("moe"),
+        "--output_dir",
+        tmp_path / "out",
+        "--verify_samples",
+        "all",
+        *CLIPPING,
     )
     checked, zones = spot_checked(result.out)
-    assert zones["WARN"] == checked  # Gaussian weights, at the format's limit of cosine 0.99966
+    assert sum(zones.values()) == checked > zones["FAIL"] > 100
     listed = re.findall(r"^  \S (\S+\.weight)$", result.out, re.MULTILINE)
     assert len(set(listed)) == 10
-    assert f"and {checked - 10} more WARN" in result.out
+    assert f"and {zones['FAIL'] - 10} more FAIL" in result.out
 
 
 def statistics(source: Path, path: Path, names: str) -> Path:
@@ -593,8 +623,29 @@ def test_a_terminal_gets_colour_unless_no_color_is_set(
         stdout=True, stderr=False, env=env,
     )  # fmt: skip
     assert (ESCAPE in result.out) == coloured
-    assert ("\033[33m⚠ WARN\033[0m" in result.out) == coloured
+    assert ("\033[32m✔ GOOD\033[0m" in result.out) == coloured
     assert result.err == ""
+
+
+def before_the_end(result: Result, output: Path) -> str:
+    """Stderr without the last lines of a run, the first of which begins with the output directory."""
+    return result.err.partition(f"{output}: ")[0].rstrip()
+
+
+def test_a_run_ends_with_sizes_time_and_commands_to_serve_it(
+    checkpoint: Callable, tmp_path: Path, cli: Callable
+) -> None:
+    output = tmp_path / "it's out"
+    command = ("--input_dir", checkpoint("moe", shards=2), "--output_dir", output)
+    first, *rest = cli(*command).err.splitlines()[-4:]
+    assert re.fullmatch(rf"{re.escape(str(output))}: [\d.]+MB -> [\d.]+MB in \d+(\.\d)? s", first)
+    quoted = f"'{tmp_path}/it'\"'\"'s out'"
+    assert rest == [
+        "To serve it on GPUs of 80GB:",
+        f"  vllm serve {quoted} --tensor-parallel-size 1",
+        f"  python -m sglang.launch_server --model-path {quoted} --tp 1",
+    ]
+    assert "vllm serve" not in cli(*command).err  # nothing was quantized
 
 
 def test_a_terminal_gets_a_bar_over_bytes_and_a_file_gets_none(small: Path, tmp_path: Path) -> None:
@@ -602,7 +653,7 @@ def test_a_terminal_gets_a_bar_over_bytes_and_a_file_gets_none(small: Path, tmp_
         "--input_dir", small, "--output_dir", tmp_path / "out", stdout=False, stderr=True, env={}
     )
     assert result.rc == 0
-    last = result.err.rstrip().rsplit("\r", 1)[-1]
+    last = before_the_end(result, tmp_path / "out").rsplit("\r", 1)[-1]
     assert last.startswith("model.safetensors: 100%")
     assert "B/s" in last
     # Summary and progress do not mix, whatever happens to one of them.
@@ -623,14 +674,15 @@ def test_the_bar_keeps_its_bar_rate_and_time_at_every_width(
     flags = ["--input_dir", checkpoint("text", shards=2), "--output_dir", tmp_path / "out", "--workers", 1]
     result = in_terminal(*flags, stdout=False, stderr=True, env={}, columns=columns)
     assert result.rc == 0
-    last = result.err.rstrip().rsplit("\r", 1)[-1]
+    progress = before_the_end(result, tmp_path / "out")
+    last = progress.rsplit("\r", 1)[-1]
     found = BAR.match(last)
     assert found, last
     assert (found["label"], found["percent"]) == (label, "100")
     # A fifth of a narrow terminal; the rest is the label, the rate and a time such as 1:23:45.
     assert len(found["bar"]) >= columns / 5
     assert re.search(r"\d\d:\d\d", last)
-    assert max(len(line) for line in re.split(r"[\r\n]", result.err)) <= columns
+    assert max(len(line) for line in re.split(r"[\r\n]", progress)) <= columns
 
 
 def test_verifying_alone_gets_a_bar_over_the_bytes_of_the_directory(small: Path, tmp_path: Path) -> None:
@@ -652,7 +704,7 @@ def test_shards_of_an_earlier_run_are_kept_and_not_counted_as_done_again(
     command = ("--input_dir", source, "--output_dir", out)
     assert cli(*command).rc == 0
     (out / "model-00001-of-00002.safetensors").unlink()
-    again = cli(*command).err.splitlines()
+    again = before_the_end(cli(*command), out).splitlines()
     kept = "note: 1 of 2 shards are there from an earlier run and kept"
     assert again == [kept, "[2/2] model-00001-of-00002.safetensors"]
     (out / "model-00001-of-00002.safetensors").unlink()
@@ -685,7 +737,8 @@ def test_piped_output_is_plain_text_with_a_line_per_shard(
 ) -> None:
     result = run("--input_dir", checkpoint("text", shards=2), "--output_dir", tmp_path / "out")
     assert result.rc == 0
-    assert result.err.splitlines() == [f"[{i}/2] model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    progress = before_the_end(result, tmp_path / "out").splitlines()
+    assert progress == [f"[{i}/2] model-0000{i}-of-00002.safetensors" for i in (1, 2)]
     assert not re.search(r"[\x00-\x09\x0b-\x1f]", result.out + result.err)
     assert "⚠ WARN" in result.out
 
@@ -715,7 +768,7 @@ def test_marks_are_ascii_where_the_encoding_lacks_the_glyphs(
     result = forked.run("--input_dir", small, "--output_dir", tmp_path / "out", env=env)
     assert result.rc == 0, result.err
     assert result.out.isascii()
-    assert "! WARN" in result.out
+    assert "+ GOOD" in result.out
     assert ">= 0.9995" in result.out
     assert "\\u" not in result.out
     plan = forked.run("--input_dir", small, "--dry_run", env=env)
@@ -733,3 +786,28 @@ def test_a_shard_outside_the_index_is_left_out_with_a_note(
     assert result.rc == 0
     assert "note: consolidated.safetensors is not in the index" in result.err
     assert not (tmp_path / "out" / "consolidated.safetensors").exists()
+
+
+def test_large_weights_are_judged_and_not_listed(checkpoint: Callable, tmp_path: Path, cli: Callable) -> None:
+    kind, arguments = SMALL
+    result = cli("--input_dir", checkpoint(kind, **arguments, std=1.0), "--output_dir", tmp_path / "out")
+    assert "because weights are large" in " ".join(result.out.split())
+    assert "Not GOOD" not in result.out
+    assert "RECOMMENDATIONS" not in result.out
+
+
+def test_bands_are_kept_out_of_the_bytes(small: Path, tmp_path: Path, cli: Callable) -> None:
+    command = ("--input_dir", small, "--output_dir")
+    cli(*command, tmp_path / "plain")
+    cli(*command, tmp_path / "banded", "--band", "cosine=1,0.9999")
+    names = {p.name for p in (tmp_path / "plain").iterdir()}
+    assert {p.name for p in (tmp_path / "banded").iterdir()} == names
+    for name in names:
+        assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "banded" / name).read_bytes()
+
+
+def test_a_band_that_makes_no_sense_is_refused(small: Path, tmp_path: Path, cli: Callable) -> None:
+    result = cli("--input_dir", small, "--output_dir", tmp_path / "out", "--band", "cosine=0.9,0.99")
+    assert result.rc == 2
+    assert "the hard limit comes second" in result.err
+    assert not (tmp_path / "out").exists()

@@ -745,12 +745,20 @@ def test_nan_in_a_fused_expert_is_named_by_its_expert(
     assert not (tmp_path / "out" / "config.json").exists()
 
 
-def test_nan_in_a_kept_tensor_is_the_models_own_business(
-    tmp_path: Path, dense: Path, copy_of: Callable, cli: Callable
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight"])
+def test_nan_or_infinity_in_a_kept_tensor_is_refused_and_named(
+    name: str, value: float, tmp_path: Path, dense: Path, copy_of: Callable, cli: Callable
 ) -> None:
+    def spoil(tensor: torch.Tensor) -> torch.Tensor:
+        tensor.view(-1)[-1] = value
+        return tensor
+
     folder = copy_of(dense)
-    in_tensors("model.embed_tokens.weight", lambda t: torch.full_like(t, torch.nan))(folder)
-    assert cli("--input_dir", folder, "--output_dir", tmp_path / "out").rc == 0
+    in_tensors(name, spoil)(folder)
+    result = cli("--input_dir", folder, "--output_dir", tmp_path / "out")
+    assert_refused(result, f"NaN or infinity in {name}")
+    assert not (tmp_path / "out" / "config.json").exists()
 
 
 # --- as a user sees it -------------------------------------------------------------------------

@@ -789,7 +789,10 @@ fp8lib.job.run.make_plan = slow
 # --- checksums ---------------------------------------------------------------------------------
 
 
-def assert_sums_hold(output: Path, *names: str) -> None:
+def assert_sums_hold(output: Path) -> None:
+    """Of every file of the directory but SHA256SUMS itself."""
+    names = sorted(str(p.relative_to(output)) for p in output.rglob("*") if p.is_file())
+    names.remove(CHECKSUMS)
     checked = subprocess.run(
         ["sha256sum", "--check", "--strict", CHECKSUMS], cwd=output, capture_output=True, text=True,
         env={**os.environ, "LC_ALL": "C"},
@@ -802,7 +805,7 @@ def assert_sums_hold(output: Path, *names: str) -> None:
 def test_checksums_are_what_sha256sum_reads(workers: int, source: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     assert quantize(source, output, "--checksums", "--workers", workers).rc == 0
-    assert_sums_hold(output, *SHARDS)
+    assert_sums_hold(output)
     os.truncate(output / SHARDS[0], 100)
     checked = subprocess.run(["sha256sum", "--check", "--status", CHECKSUMS], cwd=output)
     assert checked.returncode == 1
@@ -812,7 +815,7 @@ def test_checksums_after_a_run_that_was_begun_without(source: Path, whole: Path,
     output = tmp_path / "out"
     assert quantize(source, output, at=At("rename", 3, ".safetensors")).rc < 0
     assert quantize(source, output, "--checksums").rc == 0
-    assert_sums_hold(output, *SHARDS)
+    assert_sums_hold(output)
     assert_same(output, whole)
 
 
@@ -823,8 +826,47 @@ def test_checksums_of_a_directory_that_was_finished_without(
     assert quantize(source, output).rc == 0
     assert not (output / CHECKSUMS).exists()
     assert quantize(source, output, "--checksums").rc == 0
-    assert_sums_hold(output, *SHARDS)
+    assert_sums_hold(output)
     assert_same(output, whole)
+
+
+def test_checksums_of_a_finished_directory_are_taken_without_quantizing_again(
+    source: Path, whole: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    assert quantize(source, output, "--skip_verify").rc == 0
+    before = {name: (output / name).stat().st_ino for name in SHARDS}
+    (output / "notes \\ of mine.txt").write_text("a backslash, which sha256sum escapes")
+    assert quantize(source, output, "--skip_verify", "--checksums").rc == 0
+    assert {name: (output / name).stat().st_ino for name in SHARDS} == before
+    assert "notes \\\\ of mine.txt" in (output / CHECKSUMS).read_text()
+    (output / "notes \\ of mine.txt").unlink()
+    assert quantize(source, output, "--checksums").rc == 0
+    assert_sums_hold(output)
+    assert_same(output, whole)
+
+
+def test_checksums_with_verify_only_are_all_that_it_writes(source: Path, whole: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    assert quantize(source, output).rc == 0
+    before = {p: p.stat().st_mtime_ns for p in output.iterdir()}
+    assert quantize(source, output, "--verify_only", "--checksums").rc == 0
+    assert_sums_hold(output)
+    assert {p: p.stat().st_mtime_ns for p in output.iterdir() if p.name != CHECKSUMS} == before
+
+
+def test_checksums_that_a_finished_directory_has_are_checked_and_not_made_to_fit(
+    source: Path, whole: Path, tmp_path: Path
+) -> None:
+    output = shutil.copytree(whole, tmp_path / "out")
+    lines = (output / CHECKSUMS).read_text()
+    other = lines.replace(lines[:64], "0" * 64)
+    (output / CHECKSUMS).write_text(other)
+    name = lines.splitlines()[0][66:]
+    result = quantize(source, output, "--verify_only", "--checksums")
+    assert result.rc == 1
+    assert f"{name}: its SHA-256 is not the one in {CHECKSUMS}" in result.out
+    assert (output / CHECKSUMS).read_text() == other
 
 
 def test_checksums_keep_no_tensor_in_memory(checkpoint: Callable, copy_of: Callable, tmp_path: Path) -> None:
@@ -844,7 +886,7 @@ def test_checksums_keep_no_tensor_in_memory(checkpoint: Callable, copy_of: Calla
     plain = quantize(source, tmp_path / "plain")
     hashed = quantize(source, tmp_path / "hashed", "--checksums")
     assert (plain.rc, hashed.rc) == (0, 0), hashed.err
-    assert_sums_hold(tmp_path / "hashed", shard.name)
+    assert_sums_hold(tmp_path / "hashed")
     assert hashed.grown - plain.grown < kept * 3 // 4
 
 
@@ -853,6 +895,6 @@ def test_checksums_survive_a_run_that_does_not_ask_for_them(
 ) -> None:
     output = shutil.copytree(whole, tmp_path / "out")
     assert quantize(source, output).rc == 0
-    assert_sums_hold(output, *SHARDS)
+    assert_sums_hold(output)
     assert quantize(source, output, "--overwrite").rc == 0
     assert not (output / CHECKSUMS).exists()  # of files that are no more

@@ -20,8 +20,9 @@ from fp8lib.checkpoint.layout import Passthrough, ShardPlan
 from fp8lib.numerics.modes import Calibration
 from fp8lib.numerics.scales import quantize_blocks
 from fp8lib.numerics.served import requantize
-from fp8lib.verification.health import Measurement, Zone, zone_of
+from fp8lib.verification.bands import Zone, zone_of
 from fp8lib.verification.measure import Errors, Sums, combine, measure
+from fp8lib.verification.measurement import Measurement
 from fp8lib.verification.pairing import structural_problems
 from fp8lib.verification.shard_check import sample
 
@@ -61,16 +62,21 @@ def in_float64(weights: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor)
 
     written, served = values(codes, scales), values(*powers)
     changed = int((written.astype("f") != served.astype("f")).sum())
+    others = dict.fromkeys(("vs_best", "zero_share", "bulk_error"), math.nan)  # see test_figures.py
+    counts = {"weights": w.size, "requantized": changed, "not_nearest": 0, "other_scales": 0}
+    amax = np.abs(w).max()
     return Measurement(
-        "w", amax=np.abs(w).max(), requantized=changed, **metrics(written, ""), **metrics(served, "served_")
+        "w", amax=amax, **metrics(written, ""), **metrics(served, "served_"), **others, **counts
     )
 
 
-def lossless(amax: float) -> Measurement:
+def lossless(amax: float, weights: int) -> Measurement:
     """Of weights that are restored as they were, in the file and as served."""
     nothing = {"cosine": 1.0, "relative": 0.0, "mean_abs": 0.0, "max_abs": 0.0}
     served = {f"served_{metric}": value for metric, value in nothing.items()}
-    return Measurement("w", amax=amax, requantized=0, **nothing, **served)
+    others = {"weights": weights, "vs_best": 1.0, "zero_share": 0.0, "bulk_error": 0.0}
+    counts = {"requantized": 0, "not_nearest": 0, "other_scales": 0}
+    return Measurement("w", amax=amax, **nothing, **served, **others, **counts)
 
 
 def assert_same(found: Measurement, expected: Measurement) -> None:
@@ -120,12 +126,12 @@ def test_scales_in_float32_measure_like_the_same_in_bf16():
 
 def test_exact_restoration_is_cosine_one_and_no_error():
     weights = torch.full((200, 300), 0.4375).bfloat16()  # 448 * 2^-10
-    assert measured(weights, *quantized(weights)) == lossless(0.4375)
+    assert measured(weights, *quantized(weights)) == lossless(0.4375, 60_000)
 
 
 def test_all_zero_weights_restored_as_zero_are_cosine_one():
     weights = torch.zeros(200, 300, dtype=torch.bfloat16)
-    assert measured(weights, *quantized(weights)) == lossless(0.0)
+    assert measured(weights, *quantized(weights)) == lossless(0.0, 60_000)
 
 
 def test_weights_restored_as_zero_are_cosine_zero():
@@ -231,11 +237,19 @@ def test_pieces_add_up_to_the_matrix(rows: int):
 def test_combining_keeps_the_name_and_weighs_pieces_by_their_size():
     large, small = Sums(9.0, 0.5, 3.0, 0.1), Sums(7.0, 0.5, 5.0, 0.3)
     twice = Sums(9.0, 2.0, 6.0, 0.2)
-    pieces = [Errors(300, 9.0, 2.0, large, twice, 7), Errors(100, 7.0, 1.0, small, small, 5)]
+    pieces = [
+        Errors(300, 2.0, large, twice, original=9.0, least=0.4, bulk=0.04, nonzero=290, zeroed=3,
+               requantized=7, not_nearest=1, other_scales=0),
+        Errors(100, 1.0, small, small, original=7.0, least=0.5, bulk=0.01, nonzero=10, zeroed=0,
+               requantized=5, not_nearest=2, other_scales=4),
+    ]  # fmt: skip
     found = combine("model.w", pieces)
     # cosine (16 + 16 - 1) / (2 * 16); 8.0 over 400 weights; the larger of each maximum
     assert (found.name, found.cosine, found.mean_abs, found.max_abs) == ("model.w", 31 / 32, 0.02, 0.3)
     assert (found.relative, found.amax, found.requantized) == (1 / 4, 2.0, 12)
+    # 0.5 + 0.5 over 0.4 + 0.5; 3 of 300 that are not zero; the root of the larger; counts
+    assert (found.vs_best, found.zero_share, found.bulk_error) == (1 / 0.9, 0.01, 0.2)
+    assert (found.weights, found.not_nearest, found.other_scales) == (400, 3, 4)
     # as served: (16 + 16 - 2.5) / (2 * 16); 11.0 over 400
     assert (found.served_cosine, found.served_mean_abs) == (29.5 / 32, 0.0275)
     assert (found.served_max_abs, found.served_relative) == (0.3, math.sqrt(2.5) / 4)

@@ -23,10 +23,14 @@ _SHARD_NUMBER = re.compile(r"-(\d{5})-of-(\d{5})\.safetensors$")
 _NOT_COPIED_SUFFIXES = (
     ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt", ".index.json",
 )  # fmt: skip
+_MODEL_FILE = re.compile(r"model(?:\.safetensors)?(?:-\d+-of-\d+)?\.safetensors$")
+_MODEL_TENSOR = re.compile(r"(?:model|language_model|lm_head|mtp|visual)\.")
+_STRAY_FILE = re.compile(r"(?i)(?:^|[-_.])(?:adapters?|lora|optim(?:izer)?|scheduler|ema)(?:[-_.]|$)")
+_STRAY_TENSOR = re.compile(r"^base_model\.|(?:^|\.)(?:lora_\w+|exp_avg(?:_sq)?|momentum_buffer)(?:\.|$)")
 _WRITTEN_ANEW = ("config.json", "fp8_quantization.json", "SHA256SUMS")
 _NOT_COPIED_FILES = re.compile(
     r"(?:\..*|(?:optimizer|scheduler|rng_state|random_states|trainer_state|training_args|zero_to_fp32)"
-    r"(?:_\d+)?\b.*|latest)$"
+    r"(?:_\d+)?\b.*|latest|adapter_config\.json)$"
 )
 _NOT_COPIED_FOLDERS = re.compile(r"(?:checkpoint-.*|global_step.*|optimizer_\d+|__pycache__|\..*)$")
 
@@ -41,6 +45,8 @@ class Checkpoint:
         shards: in the order of their names.
         extra_files: paths relative to root of the files that are copied byte for byte.
         unused: names of safetensors files that the index does not mention.
+        unlisted: names of tensors that it does not mention.
+        strays: names of safetensors files beside a model without an index that belong to no model.
     """
 
     root: Path
@@ -48,6 +54,8 @@ class Checkpoint:
     shards: tuple[Shard, ...]
     extra_files: tuple[Path, ...]
     unused: tuple[str, ...]
+    unlisted: tuple[str, ...] = ()
+    strays: tuple[str, ...] = ()
 
 
 def open_checkpoint(root: Path) -> Checkpoint:
@@ -59,11 +67,14 @@ def open_checkpoint(root: Path) -> Checkpoint:
     if wrong := mistake(root):
         raise Fp8Error(f"{printable(root)}: {wrong}")
     config = _read_config(root)
-    names, weight_map = _shard_names(root)
+    names, weight_map, strays = _shard_names(root)
     shards = _read_shards(root, names)
     _check_tensors(shards, weight_map)
-    unused = sorted(set(_present(root)) - set(names))
-    return Checkpoint(root, config, shards, tuple(_extra_files(root)), tuple(unused))
+    unused = sorted(set(_present(root)) - set(names) - set(strays))
+    listed = {t.name for s in shards for t in s.tensors} if weight_map is None else weight_map
+    unlisted = [t.name for s in shards for t in s.tensors if t.name not in listed]
+    extra = tuple(_extra_files(root))
+    return Checkpoint(root, config, shards, extra, tuple(unused), tuple(unlisted), tuple(strays))
 
 
 def require_supported(config: dict, root: Path) -> None:
@@ -128,17 +139,19 @@ def _present(root: Path) -> list[str]:
         raise Fp8Error(f"{printable(root)}: cannot be read ({why(error)})") from None
 
 
-def _shard_names(root: Path) -> tuple[list[str], dict[str, str] | None]:
-    """Names of the shards in use, and the index's weight_map if there is an index."""
+def _shard_names(root: Path) -> tuple[list[str], dict[str, str] | None, list[str]]:
+    """Names of the shards in use, the index's weight_map or None without an index, and strays without one."""
     present = _present(root)
     if not os.path.lexists(root / INDEX):
         if not present:
             raise Fp8Error(
                 f"{printable(root)}: no *.safetensors file in it; give the directory that holds the model"
             )
-        _check_numbering(root, present)
         _check_shard_names(root, present)
-        return present, None
+        strays = _strays(root, present)
+        names = [name for name in present if name not in strays]
+        _check_numbering(root, names)
+        return names, None, strays
     path = root / INDEX
     index = read_json(resolve_inside(root, INDEX))
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
@@ -152,7 +165,32 @@ def _shard_names(root: Path) -> tuple[list[str], dict[str, str] | None]:
         names = present
         weight_map = dict.fromkeys(weight_map, present[0])
     _check_shard_names(path, names)
-    return names, weight_map
+    return names, weight_map, []
+
+
+def _strays(root: Path, present: list[str]) -> list[str]:
+    """Files beside a model without an index that are no part of it: an adapter, an optimizer's state.
+
+    Engines load every file of such a directory; the index that is written with the output would name all.
+
+    Raises:
+        Fp8Error: it cannot be told whether a file belongs to the model.
+    """
+    if len(present) == 1:
+        return []
+    named = [name for name in present if _MODEL_FILE.match(name)]
+    strays = []
+    for name in (name for name in present if name not in named):
+        tensors = [tensor.name for tensor in read_shard(resolve_inside(root, name)).tensors]
+        is_of_model = all(map(_MODEL_TENSOR.match, tensors))
+        if any(map(_STRAY_TENSOR.search, tensors)) or (_STRAY_FILE.search(name) and not is_of_model):
+            strays.append(name)
+        elif _STRAY_FILE.search(name) or (named and not is_of_model):
+            raise Fp8Error(
+                f"{printable(root / name)}: may belong to the model or not, and no {INDEX} says which; "
+                "move the file away, or add an index"
+            )
+    return strays if len(strays) < len(present) else []
 
 
 def _check_shard_names(origin: Path, names: list[str]) -> None:

@@ -9,7 +9,7 @@ turned back from FP8 lie where FP8 weights would.
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,8 @@ from fp8lib.numerics.blocks import blocks
 
 PAGE = 4096
 """Bytes of a page. Direct I/O takes whole ones: no disk's sector is larger."""
+SCALE_SUFFIX = "_scale_inv"
+"""Of a weight's name, for its scales: despite it they are the multiplier."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +49,21 @@ class Matrix:
 
 @dataclass(frozen=True, slots=True)
 class Passthrough:
-    """Bytes copied as they are: `output.nbytes` bytes from `start` of the input shard."""
+    """A tensor that is not quantized.
+
+    Attributes:
+        start: offset of its first byte in the input shard.
+        output: the tensor in the output shard.
+        dtype: the input's, if its values are rounded to the output's; None if its bytes are copied.
+    """
 
     start: int
     output: Tensor
+    dtype: str | None = None
+
+    def input_bytes(self, nbytes: int) -> int:
+        """Bytes of the input that so many of the output come from."""
+        return nbytes * ITEM_SIZE[self.dtype] // ITEM_SIZE[self.output.dtype] if self.dtype else nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,25 +180,36 @@ def parts_of(tensor: Tensor) -> list[tuple[str, int, int]]:
     return experts or [(tensor.name, rows, columns)]
 
 
-def plan_shard(shard: Shard, kept_names: set[str]) -> ShardPlan:
+def plan_shard(shard: Shard, kept_names: set[str], rounded: Mapping[str, str] | None = None) -> ShardPlan:
+    """Lay out one output shard.
+
+    Args:
+        shard: of the input.
+        kept_names: tensors that are not quantized.
+        rounded: those of them that change their dtype -> the new one.
+    """
+    rounded = rounded or {}
     drafts: list[Draft] = []
     for tensor in shard.tensors:
         if tensor.name in kept_names:
-            drafts.append(Draft(tensor.name, tensor.dtype, tensor.shape, tensor.nbytes, True))
+            dtype = rounded.get(tensor.name, tensor.dtype)
+            nbytes = tensor.nbytes * ITEM_SIZE[dtype] // ITEM_SIZE[tensor.dtype]
+            drafts.append(Draft(tensor.name, dtype, tensor.shape, nbytes, True))
         else:
             for name, rows, columns in matrices_of(tensor):
                 scale = (blocks(rows), blocks(columns))
                 drafts.append(Draft(name, "F8_E4M3", (rows, columns), rows * columns, False))
-                drafts.append(Draft(f"{name}_scale_inv", "BF16", scale, 2 * scale[0] * scale[1], False))
+                drafts.append(Draft(f"{name}{SCALE_SUFFIX}", "BF16", scale, 2 * scale[0] * scale[1], False))
     header, outputs = lay_out(drafts, shard.metadata)
     matrices, passthrough = [], []
     for tensor in shard.tensors:
         if tensor.name in kept_names:
-            passthrough.append(Passthrough(tensor.start, outputs[tensor.name]))
+            dtype = tensor.dtype if tensor.name in rounded else None
+            passthrough.append(Passthrough(tensor.start, outputs[tensor.name], dtype))
             continue
         start = tensor.start
         for name, rows, columns in matrices_of(tensor):
-            weight, scale = outputs[name], outputs[f"{name}_scale_inv"]
+            weight, scale = outputs[name], outputs[f"{name}{SCALE_SUFFIX}"]
             matrices.append(Matrix(tensor.dtype, start, rows, columns, weight, scale))
             start += rows * columns * ITEM_SIZE[tensor.dtype]
     size = len(header) + sum(d.nbytes for d in drafts)

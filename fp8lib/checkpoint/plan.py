@@ -16,7 +16,7 @@ from fp8lib.checkpoint.experts import check_experts
 from fp8lib.checkpoint.headers import Tensor
 from fp8lib.checkpoint.layout import Matrix, ShardPlan, plan_shard
 from fp8lib.checkpoint.matching import has_tied_head, mismatches
-from fp8lib.checkpoint.rules import Selection, module_of, reason_kept
+from fp8lib.checkpoint.rules import Selection, keeps_precision, module_of, reason_kept
 from fp8lib.checkpoint.selection import decide, group_of
 from fp8lib.checkpoint.untrusted import printable
 from fp8lib.numerics.blocks import BLOCK
@@ -62,11 +62,12 @@ class Plan:
 
     def config(self) -> dict:
         """config.json of the output."""
+        config = self.checkpoint.config
         producer: dict[str, object] = {"name": "quantize_fp8", "version": __version__}
         if self.adapters:
             producer["adapters"] = list(self.adapters.fingerprints)
         return {
-            **self.checkpoint.config,
+            **(_in_bfloat16(config) if self.selection.kept_dtype else config),
             "quantization_config": {
                 "quant_method": "fp8",
                 "fmt": "e4m3",
@@ -131,13 +132,32 @@ def make_plan(checkpoint: Checkpoint, selection: Selection | None = None) -> Pla
     if len(kept) == len(tensors):
         raise Fp8Error(f"{printable(checkpoint.root)}: no weight in it can be quantized")
     kept_names = {k.tensor.name for k in kept}
-    shards = tuple(plan_shard(shard, kept_names) for shard in checkpoint.shards)
+    rounded = {
+        t.name: selection.kept_dtype
+        for t in (k.tensor for k in kept)
+        if selection.kept_dtype and t.dtype in ("F32", "F16") and not keeps_precision(t.name)
+    }
+    shards = tuple(plan_shard(shard, kept_names, rounded) for shard in checkpoint.shards)
     check_output_names(shards)
     listed = _modules_to_not_convert(checkpoint, kept)
     plan = Plan(checkpoint, selection, shards, tuple(kept), listed, decision.notes)
     if found := mismatches(plan.outputs(), plan.config()):
         raise Fp8Error(f"{printable(checkpoint.root)}: the output would be misread: {found[0]}")
     return plan
+
+
+def _in_bfloat16(config: dict) -> dict:
+    """A config.json that names BF16 wherever it names F32 or F16 as the weights' dtype."""
+    sections = ("text_config", "vision_config")
+    keys = ("torch_dtype", "dtype")
+    return {
+        key: "bfloat16"
+        if key in keys and value in ("float32", "float16")
+        else _in_bfloat16(value)
+        if key in sections and isinstance(value, dict)
+        else value
+        for key, value in config.items()
+    }
 
 
 # --- decisions ---------------------------------------------------------------------------------

@@ -24,6 +24,9 @@ ELIGIBILITIES = ("toolkit", "official", "auto")
 """Sets of modules to quantize. `official` is what Qwen's own FP8 releases quantize, more than `toolkit`;
 `auto` is that without the fusion groups of which a weight would FAIL."""
 
+KEPT_DTYPES = {"bfloat16": "BF16"}
+"""What `--kept_dtype` takes -> safetensors' name of it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Selection:
@@ -35,6 +38,8 @@ class Selection:
         quantize: fnmatch patterns of module names; the fusion groups they touch are quantized.
         keep_failing: whether fusion groups of which a weight would FAIL are kept, in any set.
         kept_groups: (fusion group, reason) of groups kept for what their weights are, not for their names.
+        kept_dtype: "BF16" to round kept F32 and F16 tensors to it, but for those that `keeps_precision`
+            names; None to keep all bytes.
     """
 
     eligibility: str = "toolkit"
@@ -42,6 +47,7 @@ class Selection:
     quantize: tuple[str, ...] = ()
     keep_failing: bool = False
     kept_groups: tuple[tuple[str, str], ...] = ()
+    kept_dtype: str | None = None
 
     def settings(self) -> dict[str, object]:
         """What decides bytes, as JSON, whatever the order of the patterns."""
@@ -49,6 +55,7 @@ class Selection:
             "eligibility": self.eligibility,
             "keep_bf16": sorted(set(self.keep)),
             "quantize": sorted(set(self.quantize)),
+            "kept_dtype": self.kept_dtype,
             **({"keep_failing": True} if self.keep_failing else {}),
             **({"kept_groups": dict(self.kept_groups)} if self.by_trial else {}),
         }
@@ -104,6 +111,9 @@ _KEPT = tuple(
         (r"\.bias$", "bias"),
     )
 )
+
+_PRECISE = re.compile(r"norm[^.]*\.(?:weight|bias)$|\.mlp\.gate\.|\.(?:A_log|dt_bias)$")
+"""Norms, routers, the state of linear attention: small, and engines compute with them in F32."""
 
 _PREFIX = re.compile(r"^(?:model\.)?(?:language_model\.)?(?:model\.)?(?=layers\.|mtp\.)")
 
@@ -180,6 +190,11 @@ def reason_kept(tensor: str) -> str:
         if pattern.search(tensor):
             return reason
     return "not a Linear of a decoder layer"
+
+
+def keeps_precision(tensor: str) -> bool:
+    """Whether a kept tensor stays F32 or F16 whatever `--kept_dtype` says."""
+    return bool(_PRECISE.search(tensor))
 
 
 def unservable_shape(group: str, rows: int, columns: int) -> str | None:

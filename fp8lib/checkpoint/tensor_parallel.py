@@ -30,6 +30,8 @@ from fp8lib.numerics.blocks import BLOCK
 SIZES = (1, 2, 4, 8, 16)
 """The models have 16 key heads in linear attention, so no other size up to 16 divides them."""
 ENGINES = ("vLLM", "SGLang")
+EXPERT_PARALLELISM = "use expert parallelism"
+"""End of a refusal that it helps against."""
 _SMALLEST_REFINED = 32
 """Rows and columns of the smallest blocks that vLLM divides an expert's into."""
 _ROW_PARALLEL = ("o_proj.weight", "out_proj.weight", "down_proj.weight")
@@ -199,7 +201,7 @@ def _experts(fp8: bool, shape: tuple[int, ...], ranks: int, engine: str) -> str 
         if refined >= _SMALLEST_REFINED:
             return None
     why = _uneven("moe_intermediate_size", width, ranks, fp8)
-    return why and f"{why}; use expert parallelism"
+    return why and f"{why}; {EXPERT_PARALLELISM}"
 
 
 def _uneven(label: str, count: int, ranks: int, blocks: bool) -> str | None:

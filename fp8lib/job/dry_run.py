@@ -21,10 +21,12 @@ def print_plan(plan: Plan, printer: Printer) -> None:
     printer.line("-" * WIDTH)
     printer.line("  Quantized to FP8 E4M3, one BF16 scale per 128x128 block")
     _print_kinds([(m.weight.name, m.rows, m.columns) for m in matrices], printer)
-    printer.line("  Kept as they are")
+    rounded = plan.selection.kept_dtype
+    printer.line(f"  Kept, F32 and F16 as {rounded}" if rounded else "  Kept as they are")
     reasons: dict[str, list] = defaultdict(list)
+    outputs = {tensor.name: tensor for tensor in plan.outputs()}
     for kept in plan.kept:
-        reasons[kept.reason].append(kept.tensor)
+        reasons[kept.reason].append(outputs[kept.tensor.name])
     for reason, tensors in sorted(reasons.items(), key=lambda item: -sum(t.nbytes for t in item[1])):
         total = sum(t.nbytes for t in tensors)
         printer.wrapped(reason, f"  {len(tensors):>6}  {size(total):>8}  ", " " * 20)
@@ -99,7 +101,8 @@ def _print_official(printer: Printer, plan: Plan) -> None:
     """What the official set would save, and what it asks for."""
     tensors = [tensor for shard in plan.checkpoint.shards for tensor in shard.tensors]
     official = decide(tensors, replace(plan.selection, eligibility="official")).kept
-    kept = [k.tensor for k in plan.kept]
+    outputs = {tensor.name: tensor for tensor in plan.outputs()}
+    kept = [outputs[k.tensor.name] for k in plan.kept]
     more = [t for t in kept if (group := group_of(t)) and group not in official]
     if not more:
         return

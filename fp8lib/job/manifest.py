@@ -1,28 +1,33 @@
 """`fp8_quantization.json` in the output directory: what a run did, so that the next can continue it.
 
 It holds the tool's version, the settings that decide bytes, the identity of every input shard, and per
-finished shard its size and verification results. It holds no times and no paths, so that the same input
-and flags give the same manifest.
+finished shard its size, checksums and verification results. It holds no times and no paths, so that the same
+input and flags give the same manifest. Its last entry is the SHA-256 of the file itself, with zeros in its
+place.
 """
 
+import hashlib
 import math
 import os
 import re
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from fp8lib import Fp8Error, __version__
 from fp8lib.checkpoint.headers import Shard
 from fp8lib.checkpoint.plan import to_json
-from fp8lib.checkpoint.untrusted import printable, read_json
-from fp8lib.streaming.writer import write_file
-from fp8lib.verification.health import Measurement
+from fp8lib.checkpoint.untrusted import open_regular, printable, read_json
+from fp8lib.streaming.sums import Sums
+from fp8lib.streaming.writer import refusing_disk_errors, write_file
+from fp8lib.verification.measurement import Measurement
 from fp8lib.verification.output_error import OutputError
 
 MANIFEST = "fp8_quantization.json"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_NO_DIGEST = "0" * 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +41,9 @@ class ShardResult:
         measurements: of the matrices that were spot-checked.
         problems: structural deviations, one line each.
         final: False for a shard that is complete on disk and still to be verified.
+        damaged: whether codes or scales in it are not what the tool gives.
+        sums: of its codes and scales as they were written; None if that is not known.
+        looked_at: bytes of it that were verified.
     """
 
     name: str
@@ -44,6 +52,9 @@ class ShardResult:
     measurements: tuple[Measurement, ...]
     problems: tuple[str, ...]
     final: bool = True
+    damaged: bool = False
+    sums: Sums | None = None
+    looked_at: int = 0
 
 
 @dataclass(slots=True)
@@ -55,6 +66,8 @@ class Manifest:
         inputs: shard name -> size, mtime_ns, header_sha256.
         shards: name of a finished output shard -> its `to_record`.
         extra_files: copied files, relative paths with `/`.
+        files: SHA-256 of config.json and the index as they are written.
+        headers: output shard name -> SHA-256 of its header.
         version: of the tool that wrote it.
     """
 
@@ -62,6 +75,8 @@ class Manifest:
     inputs: dict[str, dict]
     shards: dict[str, dict] = field(default_factory=dict)
     extra_files: list[str] = field(default_factory=list)
+    files: dict[str, str] = field(default_factory=dict)
+    headers: dict[str, str] = field(default_factory=dict)
     version: str = __version__
 
     def save(self, folder: Path) -> None:
@@ -70,9 +85,16 @@ class Manifest:
         Raises:
             Fp8Error: it cannot be written.
         """
+        write_file(folder / MANIFEST, self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """The file's contents."""
         document = asdict(self)
         document["shards"] = dict(sorted(self.shards.items()))
-        write_file(folder / MANIFEST, to_json(document))
+        blank = to_json({**document, "sha256": _NO_DIGEST})
+        place = blank.rindex(_NO_DIGEST.encode())
+        digest = hashlib.sha256(blank).hexdigest().encode()
+        return blank[:place] + digest + blank[place + len(digest) :]
 
     def made_from(self, shards: Iterable[Shard]) -> bool:
         """Whether these are the input shards, as far as sizes and headers tell; times may differ."""
@@ -122,16 +144,32 @@ def load(folder: Path) -> Manifest | None:
     except Fp8Error as error:
         # Without it nobody knows which files of the directory a run wrote.
         raise Fp8Error(f"{error}; remove the directory by hand or give another") from None
-    manifest = Manifest(**{f.name: document[f.name] for f in fields(Manifest)})
+    manifest = Manifest(**{f.name: document[f.name] for f in fields(Manifest) if f.name in document})
     manifest.shards = {name: record for name, record in manifest.shards.items() if _is_record(record)}
     return manifest
+
+
+def is_damaged(folder: Path) -> bool:
+    """Whether the manifest of a directory is not byte for byte as it was written.
+
+    Raises:
+        Fp8Error: it cannot be read.
+    """
+    with open_regular(folder / MANIFEST) as file, refusing_disk_errors(folder / MANIFEST):
+        data = file.read()
+    digest = re.search(rb'"([0-9a-f]{64})"\n}\n\Z', data)
+    if digest is None:
+        return True
+    blank = data[: digest.start(1)] + _NO_DIGEST.encode() + data[digest.end(1) :]
+    return hashlib.sha256(blank).hexdigest().encode() != digest[1]
 
 
 def _is_manifest(document: object) -> bool:
     """Whether a document holds what `save` writes, the records of shards aside."""
     return (
         isinstance(document, dict)
-        and document.keys() >= {f.name for f in fields(Manifest)}
+        and document.keys() >= {f.name for f in fields(Manifest)} - {"files", "headers"}
+        and all(isinstance(document.get(key, {}), dict) for key in ("files", "headers"))
         and all(isinstance(document[key], dict) for key in ("settings", "inputs", "shards"))
         and all(isinstance(record, dict) for record in document["inputs"].values())
         and isinstance(document["extra_files"], list)
@@ -148,6 +186,13 @@ def _is_record(record: object) -> bool:
     )
 
 
+def kept_groups(manifest: Manifest) -> dict[str, str] | None:
+    """Fusion group -> why a run found that it would FAIL; None if it did not look, or the record is bad."""
+    kept = manifest.settings.get("kept_groups")
+    is_sound = isinstance(kept, dict) and all(isinstance(reason, str) for reason in kept.values())
+    return kept if is_sound else None
+
+
 def identity(shard: Shard) -> dict:
     """What tells an input shard from a changed one."""
     return {
@@ -162,9 +207,12 @@ def to_record(result: ShardResult, verification: dict | None) -> dict:
     return {
         "size": result.size,
         "sha256": result.sha256,
+        "sums": result.sums and [f"{n:016x}" for n in (result.sums.codes, result.sums.scales)],
+        "looked_at": result.looked_at,
         "verification": verification,
         "measurements": [_plain(asdict(m)) for m in result.measurements],
         "problems": list(result.problems),
+        "damaged": result.damaged,
     }
 
 
@@ -175,9 +223,29 @@ def from_record(name: str, record: dict, verification: dict | None) -> ShardResu
             return None
         measurements = tuple(map(_measurement, record["measurements"]))
         problems = tuple(map(printable, record["problems"]))
-        return ShardResult(name, record["size"], record["sha256"], measurements, problems)
-    except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
+        sums, looked_at = recorded_sums(record), int(record["looked_at"])
+        return ShardResult(
+            name,
+            record["size"],
+            record["sha256"],
+            measurements,
+            problems,
+            damaged=bool(record["damaged"]),
+            sums=sums,
+            looked_at=looked_at,
+        )
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
         return None
+
+
+def recorded_sums(record: dict) -> Sums | None:
+    """The sums in a shard's record; None if they are not known."""
+    sums = record.get("sums")
+    if not isinstance(sums, list) or len(sums) != 2 or not all(isinstance(n, str) for n in sums):
+        return None
+    with suppress(ValueError):
+        return Sums(*(int(n, 16) for n in sums))
+    return None
 
 
 def _measurement(record: dict) -> Measurement:

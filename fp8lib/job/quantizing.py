@@ -5,11 +5,14 @@ the output directory is touched; shards become durable one by one, each recorded
 config.json, without which no engine takes a directory for a model, is written last.
 """
 
+import hashlib
+import os
 import time
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from fp8lib import Fp8Error
@@ -19,7 +22,8 @@ from fp8lib.checkpoint.plan import Plan, to_json
 from fp8lib.checkpoint.rules import Selection
 from fp8lib.checkpoint.tensor_parallel import tensor_parallel
 from fp8lib.checkpoint.untrusted import printable
-from fp8lib.job import dequantizing, manifest, output_dir, rounding, trying
+from fp8lib.job import checksums, dequantizing, manifest, output_dir, recorded, rounding, trying
+from fp8lib.job.ending import print_ending
 from fp8lib.job.manifest import Manifest, ShardResult
 from fp8lib.job.progress import Progress
 from fp8lib.job.ranks import Ranks
@@ -32,6 +36,7 @@ from fp8lib.job.run import (
     work_and_gather,
     work_for_main,
 )
+from fp8lib.streaming.sums import Sums
 from fp8lib.streaming.writer import copy_file, write_file
 from fp8lib.terminal import Talk
 from fp8lib.verification.findings import Findings, Totals
@@ -47,6 +52,7 @@ def quantize(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
     Raises:
         Fp8Error: refused or failed, on every rank. No config.json is left in the output directory.
     """
+    begun = time.monotonic()
     # Rank 0 refuses for all: the others say and do nothing before it has agreed.
     if flags.selection.by_trial:
         flags.selection = _selection_by_trial(flags, talk, ranks)
@@ -89,16 +95,29 @@ def quantize(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
     ordered = [results[s.name] for s in plan.shards]
     if flags.dequantize:
         return agree(ranks, dequantizing.summarize(flags, talk, plan, ordered))
-    verdict = summarize(flags, talk, _findings(flags, plan, ordered, covered, moments))
+    found = _findings(flags, plan, ordered, covered, moments)
+    advise = partial(
+        trying.measured_advice, flags, talk, settings, partial(_sources, plan), flags.calibration
+    )
+    verdict = summarize(flags, talk, found, advise)
+    if todo.quantize and not flags.quiet:
+        print_ending(flags.output_dir, plan, found, verdict, time.monotonic() - begun)
     return agree(ranks, verdict)
 
 
+def _sources(plan: Plan) -> Iterator[trying.Source]:
+    """Every weight that becomes FP8, with the shard it comes from."""
+    return ((shard.source, matrix) for shard in plan.shards for matrix in shard.matrices)
+
+
 def _manifest(plan: Plan, decisive: dict) -> Manifest:
-    """What a run leaves behind, before it has done anything."""
+    """Of a run that has finished no shard yet."""
     return Manifest(
         settings=decisive,
         inputs={s.name: manifest.identity(s) for s in plan.checkpoint.shards},
         extra_files=[p.as_posix() for p in plan.checkpoint.extra_files],
+        files={name: hashlib.sha256(data).hexdigest() for name, data in _written_last(plan).items()},
+        headers=recorded.header_digests(plan),
     )
 
 
@@ -141,10 +160,7 @@ def _kept_before(folder: Path) -> dict[str, str] | None:
         Fp8Error: its manifest cannot be read.
     """
     earlier = manifest.load(folder)
-    kept = earlier and earlier.settings.get("kept_groups")
-    if isinstance(kept, dict) and all(isinstance(reason, str) for reason in kept.values()):
-        return kept
-    return None
+    return manifest.kept_groups(earlier) if earlier else None
 
 
 def _findings(
@@ -165,6 +181,8 @@ def _findings(
         label=label,
         covered=covered,
         loading=tensor_parallel(plan.outputs(), plan.config()),
+        damaged=[r.name for r in ordered if r.damaged],
+        looked_at=sum(r.looked_at for r in ordered) / sum(s.size for s in plan.shards),
         adapters=plan.adapters.fingerprints if plan.adapters else (),
         kept_failing=plan.selection.kept_groups,
     )
@@ -184,9 +202,11 @@ class _Journal:
         self._saved, self._not_before = mine == on_disk, 0.0
 
     def record(self, result: ShardResult) -> ShardResult:
-        """Record a result; returns it with the checksum that an earlier one of that shard had."""
+        """Record a result; returns it with the checksums that an earlier one of that shard had."""
         earlier = self._manifest.shards.get(result.name)
-        result = replace(result, sha256=result.sha256 or (earlier or {}).get("sha256"))
+        known = earlier or {}
+        sums = result.sums or manifest.recorded_sums(known)
+        result = replace(result, sha256=result.sha256 or known.get("sha256"), sums=sums)
         verification = _verification(self._flags) if result.final else None
         self._manifest.shards[result.name] = manifest.to_record(result, verification)
         self._saved = False
@@ -206,10 +226,20 @@ class _Journal:
 
 @dataclass(frozen=True, slots=True)
 class Todo:
-    """Names of the shards that are to be quantized, of those that only need verification, and `_terms`."""
+    """What there is to do.
+
+    Attributes:
+        quantize: names of shards.
+        verify: of shards that are complete and only need verification, or a checksum.
+        hash: those of them that need a checksum.
+        sums: of those of them whose sums are known, as two numbers.
+        terms: see `_terms`.
+    """
 
     quantize: list[str]
     verify: list[str]
+    hash: list[str]
+    sums: dict[str, list[int]]
     terms: dict
 
     @property
@@ -227,6 +257,7 @@ def _settings(
         "calibration": str(flags.calibration),
         "activation_stats": statistics.sha256 if statistics else None,
         **plan.selection.settings(),
+        **({"bands": flags.bands.changed()} if plan.selection.by_trial else {}),
         **rounding.settings(moments),
     }
     return settings | ({"adapters": list(plan.adapters.fingerprints)} if plan.adapters else {})
@@ -282,17 +313,22 @@ def _resume(
     flags: Namespace, plan: Plan, state: output_dir.State, mine: Manifest, terms: dict
 ) -> tuple[dict[str, ShardResult], Todo]:
     """Take over an earlier run's finished shards: the results that still stand, and what is left to do."""
-    results, todo = {}, Todo([], [], terms)
+    results, todo = {}, Todo([], [], [], {}, terms)
     for shard in plan.shards:
         record = state.manifest.shards.get(shard.name) if shard.name in state.finished else None
-        if record is None or (flags.checksums and not record.get("sha256")):
+        if record is None:
             todo.quantize.append(shard.name)
             continue
         mine.shards[shard.name] = record
-        if result := manifest.from_record(shard.name, record, _verification(flags)):
+        result = manifest.from_record(shard.name, record, _verification(flags))
+        if result and (result.sha256 or not flags.checksums):
             results[shard.name] = result
-        else:
-            todo.verify.append(shard.name)
+            continue
+        todo.verify.append(shard.name)
+        if flags.checksums and not record.get("sha256"):
+            todo.hash.append(shard.name)
+        if sums := manifest.recorded_sums(record):
+            todo.sums[shard.name] = [sums.codes, sums.scales]
     return results, todo
 
 
@@ -321,9 +357,16 @@ def _work(flags: Namespace, plan: Plan, ranks: Ranks, settings, todo: Todo) -> l
     shards, check = {s.name: s for s in plan.shards}, planned_check(flags, settings)
     units = divide([shards[name] for name in todo.quantize], ranks.world, flags.checksums)
     for shard in (shards[name] for name in todo.verify):
-        path = flags.output_dir / shard.name
-        units.append(ToCheck(shard.name, shard.size, check and check(shard, path), shard.sources))
+        name, path = shard.name, flags.output_dir / shard.name
+        hashed = path if name in todo.hash else None
+        sums = Sums(*todo.sums[name]) if name in todo.sums else None
+        units.append(ToCheck(name, shard.size, check and check(shard, path), shard.sources, hashed, sums))
     return units
+
+
+def _written_last(plan: Plan) -> dict[str, bytes]:
+    """The index and config.json, in the order in which they are written."""
+    return {INDEX: to_json(plan.index()), CONFIG: to_json(plan.config())}
 
 
 def _finish(flags: Namespace, plan: Plan, results: dict[str, ShardResult]) -> None:
@@ -331,11 +374,15 @@ def _finish(flags: Namespace, plan: Plan, results: dict[str, ShardResult]) -> No
     folder, checkpoint = flags.output_dir, plan.checkpoint
     for relative in checkpoint.extra_files:
         copy_file(checkpoint.root / relative, folder / relative)
-    if flags.checksums:
-        lines = "".join(f"{results[s.name].sha256}  {s.name}\n" for s in plan.shards)
-        write_file(folder / output_dir.CHECKSUMS, lines.encode())
-    write_file(folder / INDEX, to_json(plan.index()))
-    if any(r.problems for r in results.values()):
+    failed = any(r.problems for r in results.values())
+    last = _written_last(plan)
+    if failed:
+        del last[CONFIG]
+    if flags.checksums or os.path.lexists(folder / output_dir.CHECKSUMS):
+        known = {s.name: results[s.name].sha256 for s in plan.shards}
+        known |= {name: hashlib.sha256(data).hexdigest() for name, data in last.items()}
+        checksums.write(folder, {name: digest for name, digest in known.items() if digest})
+    if failed:
         output_dir.unpublish(folder)
-    else:
-        write_file(folder / CONFIG, to_json(plan.config()))
+    for name, data in last.items():
+        write_file(folder / name, data)

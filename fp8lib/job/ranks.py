@@ -215,6 +215,10 @@ class Ranks:
         """Add one to a shared counter and return its value."""
         return 1 if self._store is None else self._store.add(key, 1)
 
+    def add(self, key: str, number: int) -> int:
+        """Add to a shared sum, which stays below 2^63, and return it."""
+        return number if self._store is None else self._store.add(key, number)
+
     # Results and progress.
 
     def send_result(self, result: object) -> None:

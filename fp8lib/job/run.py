@@ -7,24 +7,32 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fp8lib import Fp8Error
 from fp8lib.calibration.statistics_file import Statistics
 from fp8lib.checkpoint.adapters import Adapters, open_adapters
 from fp8lib.checkpoint.dequantize_plan import make_dequantize_plan
 from fp8lib.checkpoint.directory import open_checkpoint
+from fp8lib.checkpoint.layout import ShardPlan
 from fp8lib.checkpoint.merged_plan import with_adapters
 from fp8lib.checkpoint.plan import Plan, make_plan
+from fp8lib.checkpoint.rules import keeps_precision
 from fp8lib.checkpoint.untrusted import printable
-from fp8lib.job import dry_run, manifest, output_dir
+from fp8lib.job import claims, dry_run, manifest, output_dir
 from fp8lib.job.manifest import ShardResult
 from fp8lib.job.progress import Progress
 from fp8lib.job.ranks import Ranks
 from fp8lib.job.rounding import SecondMomentsUse, moments_for
-from fp8lib.terminal import Talk
+from fp8lib.terminal import Talk, size
 from fp8lib.verification import report
+from fp8lib.verification.claim import Claim
 from fp8lib.verification.findings import Findings
 from fp8lib.verification.health import Zone, judge
+
+if TYPE_CHECKING:
+    from fp8lib.streaming.units import Unit
 
 
 def run(flags: Namespace, talk: Talk) -> Zone:
@@ -62,8 +70,13 @@ def run(flags: Namespace, talk: Talk) -> Zone:
         ranks.fail(error)
         ranks.leave()
         raise
-    ranks.leave(exit_code=1 if verdict is Zone.FAIL else 0)
+    ranks.leave(exit_code=exit_code(flags, verdict))
     return verdict
+
+
+def exit_code(flags: Namespace, verdict: Zone) -> int:
+    """1 for FAIL, and with --strict for WARN."""
+    return int(verdict is Zone.FAIL or (flags.strict and verdict is Zone.WARN))
 
 
 def plan_for(flags: Namespace, talk: Talk) -> tuple[Plan, Statistics | None, int | None]:
@@ -83,6 +96,10 @@ def plan_for(flags: Namespace, talk: Talk) -> tuple[Plan, Statistics | None, int
         talk.warn(note)
     for name in checkpoint.unused:
         talk.warn(f"{printable(name)} is not in the index and is left out")
+    for name in checkpoint.strays:
+        talk.warn(f"{printable(name)} belongs to no model and is left out")
+    if not flags.dequantize and not flags.lora_dir:
+        _note_kept_dtype(plan, talk)
     if flags.output_dir is not None:
         output_dir.check_location(flags.input_dir, flags.output_dir)
     if flags.activation_stats is None or flags.dequantize:
@@ -100,6 +117,16 @@ def plan_for(flags: Namespace, talk: Talk) -> tuple[Plan, Statistics | None, int
     if total := sum(1 for _ in plan.matrices) - covered:
         talk.warn(f"{total} of {total + covered} tensors have no activation statistics; a_j = 1 for them")
     return plan, statistics, covered
+
+
+def _note_kept_dtype(plan: Plan, talk: Talk) -> None:
+    """Say what --kept_dtype would save, or that it changes nothing."""
+    kept = [k.tensor for k in plan.kept if not keeps_precision(k.tensor.name)]
+    if plan.selection.kept_dtype:
+        if not any(t.dtype in ("F32", "F16") for t in kept):
+            talk.warn("--kept_dtype has no effect: nothing of the input that it touches is F32 or F16")
+    elif nbytes := sum(t.nbytes for t in kept if t.dtype == "F32"):
+        talk.warn(f"kept tensors stay F32 ({size(nbytes)}); --kept_dtype bfloat16 halves them")
 
 
 def _dry_run(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
@@ -153,9 +180,19 @@ def settings_for(
 
 
 def shard_check(
-    flags: Namespace, settings, name: str, pairs: Sequence, problems: Sequence[str], merged: Sequence = ()
+    flags: Namespace,
+    settings,
+    claim: Claim,
+    name: str,
+    pairs: Sequence,
+    problems: Sequence[str],
+    merged: Sequence = (),
+    **facts: object,
 ):
-    """The check of one shard that the flags ask for: `verification.shard_check.ShardCheck`."""
+    """The check of one shard that the flags ask for: `verification.shard_check.ShardCheck`.
+
+    `facts` are its other fields.
+    """
     from fp8lib.verification.shard_check import ShardCheck
 
     return ShardCheck(
@@ -164,22 +201,41 @@ def shard_check(
         list(problems),
         flags.verify_samples,
         flags.seed,
+        claim,
         getattr(settings.convert, "factors", None),
         settings.merge,
         tuple(merged),
+        **facts,
     )
 
 
 def planned_check(flags: Namespace, settings) -> Callable | None:
-    """(plan, path) -> check of a shard that was written as planned; None if verification is skipped."""
-    from fp8lib.verification.pairing import planned_pairs, structural_problems
+    """(plan, path) -> check of a shard that was written as planned; None if verification is skipped.
+
+    What was copied is read back only where all is to be verified.
+    """
+    from fp8lib.streaming.sums import Origin
+    from fp8lib.verification.pairing import planned_kept, planned_pairs, structural_problems
     from fp8lib.verification.restored import RestoredCheck, planned_restored
 
-    def check(plan, path):
+    claim = None if flags.dequantize else claims.of_run(flags, settings)
+
+    def check(plan: ShardPlan, path: Path):
         problems, rewritten = structural_problems(plan, path), planned_restored(plan, path)
         if flags.dequantize:
             return RestoredCheck(plan.name, rewritten, problems)
-        return shard_check(flags, settings, plan.name, planned_pairs(plan, path), problems, rewritten)
+        return shard_check(
+            flags,
+            settings,
+            claim,
+            plan.name,
+            planned_pairs(plan, path),
+            problems,
+            rewritten,
+            kept=planned_kept(plan, path) if flags.verify_samples is None else (),
+            origin=Origin.of(plan.outputs()),
+            header_bytes=len(plan.header),
+        )
 
     return None if flags.skip_verify else check
 
@@ -239,6 +295,11 @@ def work_and_gather(
 
 def _process(flags: Namespace, ranks: Ranks, settings, work: list, on_bytes) -> Iterator[ShardResult]:
     from fp8lib.streaming import pipeline
+    from fp8lib.streaming.sums import Sums
+
+    def add_up(unit: "Unit", sums: Sums) -> Sums:
+        name = f"sums of {unit.plan.name}"
+        return Sums.of_halves(ranks.add(f"{name}/{i}", half) for i, half in enumerate(sums.halves()))
 
     shards = pipeline.process(
         ranks.claims(work),
@@ -247,18 +308,49 @@ def _process(flags: Namespace, ranks: Ranks, settings, work: list, on_bytes) -> 
         on_bytes,
         lambda unit: ranks.count(f"parts of {unit.plan.name}") == unit.parts,
         planned_check(flags, settings),
+        add_up,
     )
     with closing(shards):
         for done in shards:
-            measurements = done.check.measurements() if done.check else ()
-            problems = tuple(done.check.problems) if done.check else ()
-            yield ShardResult(done.name, done.size, done.sha256, measurements, problems, done.final)
+            result = ShardResult(done.name, done.size, done.sha256, (), (), done.final, sums=done.sums)
+            if check := done.check:
+                measurements = check.measurements()
+                damage = check.damage(measurements)
+                result = replace(
+                    result,
+                    measurements=measurements,
+                    problems=(*check.found_problems(done.sums), *damage),
+                    damaged=bool(damage),
+                    looked_at=check.looked_at,
+                )
+            yield result
 
 
-def summarize(flags: Namespace, talk: Talk, found: Findings) -> Zone:
-    """Judge what was found, unless verification was skipped, and print the summary; returns the verdict."""
+def summarize(
+    flags: Namespace, talk: Talk, found: Findings, advise: Callable[[Findings], Sequence[str]]
+) -> Zone:
+    """Judge what was found, unless verification was skipped, and print the summary.
+
+    Args:
+        flags: of the run.
+        talk: how to speak to the user.
+        found: not judged yet.
+        advise: what to do about tensors that are not GOOD, where nothing worse is wrong.
+
+    Returns:
+        The verdict.
+    """
     if not flags.skip_verify:
-        health = judge(found.measurements, found.problems, found.calibration, found.finished)
-        found = replace(found, health=health)
+        health = judge(
+            found.measurements,
+            found.problems,
+            found.finished,
+            flags.bands,
+            found.damaged,
+        )
+        found = replace(found, health=health, bands=flags.bands)
+        if health.flagged and not found.problems:
+            health = replace(health, recommendations=tuple(advise(found)))
+            found = replace(found, health=health)
     report.print_summary(talk.printer, found)
     return found.health.verdict if found.health else Zone.GOOD

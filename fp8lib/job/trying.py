@@ -3,10 +3,13 @@ would help."""
 
 import math
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
 
 from fp8lib import Fp8Error
+from fp8lib.calibration.statistics_file import Statistics
 from fp8lib.checkpoint.headers import Shard
 from fp8lib.checkpoint.layout import Matrix
 from fp8lib.checkpoint.plan import Plan
@@ -14,8 +17,21 @@ from fp8lib.checkpoint.rules import fusion_group
 from fp8lib.checkpoint.untrusted import printable
 from fp8lib.job.progress import Progress
 from fp8lib.job.ranks import Ranks
+from fp8lib.numerics.modes import Calibration
 from fp8lib.terminal import Talk, size
-from fp8lib.verification.advice import Failure, failure_of, reason_of
+from fp8lib.verification.advice import (
+    Alternative,
+    Failure,
+    Trials,
+    Tried,
+    about_unexplained,
+    alternatives,
+    failure_of,
+    reason_of,
+    unexplained,
+)
+from fp8lib.verification.findings import Findings
+from fp8lib.verification.measurement import Measurement
 
 _PASS = "trial"
 """What ranks call the work that comes before quantizing."""
@@ -144,4 +160,111 @@ def _failures(
         for done in results:
             done.check.refuse_broken()
             measured = (m for (m,) in done.check.measurements().values())
-            yield done.name, [f for m in measured if (f := failure_of(m)) is not None]
+            yield done.name, [f for m in measured if (f := failure_of(m, flags.bands)) is not None]
+
+
+# --- what would help ---------------------------------------------------------------------------
+
+_MOST = 32
+"""Weights that are not GOOD on which alternatives are tried, and"""
+_MOST_NUMBERS = 1 << 28
+"""how many numbers these hold together at most, if they are several: half a minute on a core for each of the
+alternatives, a second on a GPU."""
+_OTHERS = 4
+"""GOOD weights of lowest cosine, and of largest error, that an alternative must leave GOOD."""
+
+Source = tuple[Shard, Matrix]
+"""A shard of the input, and a weight as a matrix of it."""
+
+
+def measured_advice(
+    flags: Namespace,
+    talk: Talk,
+    settings,
+    sources: Callable[[], Iterable[Source]],
+    used: Calibration | None,
+    found: Findings,
+) -> list[str]:
+    """Try other settings on weights that are not GOOD, in memory, and say what helps.
+
+    Args:
+        flags: of the run.
+        talk: how to speak to the user.
+        settings: how shards are processed: `streaming.shard_job.Settings`.
+        sources: gives every FP8 weight.
+        used: how the scales were chosen; None if nobody knows.
+        found: judged.
+
+    Raises:
+        Fp8Error: the input cannot be read.
+    """
+    flagged = [m for _, m in found.health.flagged]
+    wrong = unexplained(flagged, used) if found.finished else []
+    said = [about_unexplained(wrong)] if wrong else []
+    known = {matrix.weight.name: (shard, matrix) for shard, matrix in sources()}
+    others = {m.name for m in wrong}
+    flagged = [m for m in flagged if m.name in known and m.name not in others and m.output is None]
+    if not flagged:
+        return said
+    chosen = _affordable([(m, known[m.name][1]) for m in flagged[:_MOST]])
+    others = _closest_to_a_limit(found)
+    scale_format = "ue8m0" if found.calibration.powers_of_two else "bf16"
+    options = alternatives(used, replace(used or flags.calibration, scale_format=scale_format))
+    talk.warn(f"trying {len(options)} other settings on {len(chosen)} tensors that are not GOOD")
+    then = _try_options(flags, settings, [known[m.name] for m in (*chosen, *others)], options)
+    tried, controls = ([Tried(m, tuple(then[m.name])) for m in part] for part in (chosen, others))
+    trials = Trials(tried, controls, options, scale_format, len(flagged), found.bands)
+    return said + trials.recommendations(matrix for _, matrix in known.values())
+
+
+def _affordable(flagged: Sequence[tuple[Measurement, Matrix]]) -> list[Measurement]:
+    """The first of some weights, as many as are tried."""
+    chosen, held = [], 0
+    for m, matrix in flagged:
+        held += matrix.rows * matrix.columns
+        if chosen and held > _MOST_NUMBERS:
+            break
+        chosen.append(m)
+    return chosen
+
+
+def _closest_to_a_limit(found: Findings) -> list[Measurement]:
+    """GOOD weights that another setting could make worse."""
+    flagged = {m.name for _, m in found.health.flagged}
+    good = [m for m in found.measurements if m.output is None and m.name not in flagged]
+    by_cosine = sorted(good, key=lambda m: m.cosine)[:_OTHERS]
+    by_error = sorted(good, key=lambda m: -m.max_abs)[:_OTHERS]
+    return list({m.name: m for m in (*by_cosine, *by_error)}.values())
+
+
+def _try_options(
+    flags: Namespace, settings, sources: Sequence[Source], options: Sequence[Alternative]
+) -> dict[str, list[Measurement]]:
+    """What each weight would lose under each option, by its name."""
+    from fp8lib.streaming import pipeline
+    from fp8lib.streaming.convert import Nearest
+    from fp8lib.streaming.scheduler import ToCheck
+    from fp8lib.verification.trial import Method, Trial
+
+    importance = settings.convert.importance
+    if importance is None and flags.activation_stats is not None:  # of a mode that does not look at it
+        importance = Statistics(flags.activation_stats).importance
+    methods = [
+        Method(
+            Nearest(each.calibration, importance if each.calibration.uses_activations else None),
+            each.calibration.powers_of_two,
+        )
+        for each in options
+    ]
+    shards: dict[Path, tuple[Shard, list[Matrix]]] = {}
+    for shard, matrix in sources:
+        shards.setdefault(shard.path, (shard, []))[1].append(matrix)
+    work = [
+        ToCheck(shard.name, shard.size, Trial(shard, matrices, methods, settings.merge), (shard,))
+        for shard, matrices in shards.values()
+    ]
+    found: dict[str, list[Measurement]] = {}
+    with closing(pipeline.process(work, flags.input_dir, settings)) as results:
+        for done in results:
+            found |= done.check.measurements()
+    return found

@@ -9,6 +9,7 @@ powers        the same among powers of two
 second_order  rounding with the second moments of the inputs in mind
 served        what engines make of codes and scales that they requantize
 lora          adapters added to rows of a weight
+sums          checksums of codes and scales that add up
 exact         operations that give the same bits everywhere
 tables        constants that all threads and streams share
 

@@ -68,7 +68,7 @@ def block_scales(
         (scales bfloat16 [Rb, Cb], amax float32 [Rb, Cb]). Blocks of zeros get scale 1.
     """
     columns = weights.shape[1]
-    padded = _pad_to_blocks(weights)
+    padded = pad_to_blocks(weights)
     if calibration.mode != "max" and activation is not None:
         activation = torch.nn.functional.pad(activation, (0, padded.shape[1] - columns))
     # Padding is zeros, which change no maximum, no sum, no upper order statistic and no error.
@@ -100,7 +100,8 @@ def block_scales(
 # --- pieces that several modes share -----------------------------------------------------------
 
 
-def _pad_to_blocks(weights: torch.Tensor) -> torch.Tensor:
+def pad_to_blocks(weights: torch.Tensor) -> torch.Tensor:
+    """[rows, columns] with zeros below and on the right, up to whole blocks."""
     rows, columns = weights.shape
     bottom, right = -rows % BLOCK, -columns % BLOCK
     if bottom or right:

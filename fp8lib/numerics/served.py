@@ -67,7 +67,17 @@ def _powers(codes: torch.Tensor, scales: torch.Tensor, through_bf16: bool) -> to
     amax = decode(_largest_code(codes)) * scales.float()
     if through_bf16:
         amax = amax.bfloat16().float()
+    return covering_scale(amax)
+
+
+def covering_scale(amax: torch.Tensor) -> torch.Tensor:
+    """The engine's scale for a block's largest dequantized weight, float32."""
     return covering_power(divide(amax.clamp(min=SMALLEST_AMAX), MAX), 1.0)
+
+
+def requantized(values: torch.Tensor, powers: torch.Tensor) -> torch.Tensor:
+    """Dequantized weights as the engine has them then, float32; `powers` broadcast."""
+    return decode((values * (1 / powers)).to(DTYPE)).mul_(powers)
 
 
 def _largest_code(codes: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ factors       made of second moments once, and kept
 units         how the work is cut up
 lanes         what a worker thread works with: buffers, a stream, threads that read ahead and write behind
 checksum      SHA-256 of a shard's bytes as they are written
+sums          where a shard's own checksums begin, and what they add up to
 writer        one output file: temporary name, fsync, rename
 direct        direct I/O
 devices       which device, how many threads

@@ -14,7 +14,7 @@ import torch
 from fp8lib.checkpoint.layout import Matrix
 from fp8lib.numerics.blocks import BLOCK, blocks
 from fp8lib.numerics.modes import Calibration
-from fp8lib.numerics.scales import quantize_blocks
+from fp8lib.numerics.scales import block_scales, quantize_blocks
 from fp8lib.streaming.devices import copy_without_waiting
 from fp8lib.streaming.units import Rows
 
@@ -51,6 +51,12 @@ class Nearest:
 
     def __call__(self, matrix: Matrix, rows: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self.stacked([(matrix, first, first + len(rows))], rows)
+
+    def scales(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """The scales alone, of rows of the weight of that name; as `__call__` gives them."""
+        values = self.importance and self.importance(name, rows.shape[1])
+        activation = None if values is None else copy_without_waiting(torch.from_numpy(values), rows.device)
+        return block_scales(rows, self.calibration, activation)[0]
 
     def stacked(self, parts: Sequence[Rows], rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes and scales of rows of several matrices of equal columns, one below the other.

@@ -29,6 +29,7 @@ from fp8lib.streaming.devices import make_current
 from fp8lib.streaming.lanes import keep_freed_memory
 from fp8lib.streaming.scheduler import Done, Scheduler, ToCheck
 from fp8lib.streaming.shard_job import Check, Settings
+from fp8lib.streaming.sums import Sums
 from fp8lib.streaming.units import Unit
 
 
@@ -39,6 +40,7 @@ def process(
     on_bytes: Callable[[str, int], None] = lambda name, count: None,
     is_last_part: Callable[[Unit], bool] = lambda unit: True,
     check: Callable[[ShardPlan, Path], Check] | None = None,
+    add_up: Callable[[Unit, Sums], Sums] = lambda unit, sums: sums,
 ) -> Iterator[Done]:
     """Quantize, write and check shards.
 
@@ -55,6 +57,8 @@ def process(
         is_last_part: called, from another thread, when a part is durable: whether it was the shard's
             last, so that this process completes the shard. Only then is it yielded.
         check: (plan, path) -> what to do with a shard that was just completed.
+        add_up: called, from another thread, before `is_last_part`: adds a part's sums to those of the
+            shard's other parts, and returns what they come to so far.
 
     Raises:
         Fp8Error: unreadable input, NaN or infinity in a weight, a full disk. No partial file is left.
@@ -63,7 +67,7 @@ def process(
     make_current(settings.device)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # parallelism comes from the workers
-    scheduler = Scheduler(output, settings, on_bytes, is_last_part, check)
+    scheduler = Scheduler(output, settings, on_bytes, is_last_part, check, add_up)
     try:
         yield from scheduler.run(work)
         scheduler.stop(wait_for_disk=True)

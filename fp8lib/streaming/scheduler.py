@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from fp8lib.checkpoint.layout import ShardPlan
 from fp8lib.streaming.devices import make_current
 from fp8lib.streaming.lanes import Lane, ReadAhead
 from fp8lib.streaming.shard_job import Check, Settings, ShardJob, Task
+from fp8lib.streaming.sums import Sums
 from fp8lib.streaming.units import Unit
 
 _IN_FLIGHT = 4
@@ -31,12 +33,16 @@ class ToCheck:
         name, size: of the file.
         check: what to do with it, or None.
         sources: the input shards it was made from, as far as they are known.
+        hashed: where it is, to take its digest; None if that is not asked for.
+        sums: what its codes and scales add up to, if that is known.
     """
 
     name: str
     size: int
     check: Check | None
     sources: tuple[Shard, ...] = ()
+    hashed: Path | None = None
+    sums: Sums | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +52,7 @@ class Done:
     Attributes:
         name, size: of the file.
         sha256: of the file, or None if it was not asked for.
+        sums: what its codes and scales added up to when they were written, None if that is not known.
         check: what looked at it, or None.
         final: False if the check is still to come.
     """
@@ -53,6 +60,7 @@ class Done:
     name: str
     size: int
     sha256: str | None
+    sums: Sums | None
     check: Check | None
     final: bool
 
@@ -67,6 +75,7 @@ class Scheduler:
             that is only checked.
         is_last_part: called from the committing thread when a part is durable.
         check: makes the check of a shard that was just completed; None for no checks.
+        add_up: adds the sums of one of several parts to the others', and returns those of all so far.
     """
 
     def __init__(
@@ -76,12 +85,14 @@ class Scheduler:
         on_bytes: Callable[[str, int], None],
         is_last_part: Callable[[Unit], bool],
         check: Callable[[ShardPlan, Path], Check] | None,
+        add_up: Callable[[Unit, Sums], Sums],
     ) -> None:
         self.output = output
         self.settings = settings
         self.on_bytes = on_bytes
         self.is_last_part = is_last_part
         self.check = check
+        self.add_up = add_up
         self.workers = ThreadPoolExecutor(
             settings.workers, "worker", initializer=make_current, initargs=(settings.device,)
         )
@@ -168,6 +179,7 @@ class Scheduler:
 
     def _check_complete(self, item: ToCheck) -> Iterator[Done]:
         job = ShardJob(item.name, item.size, self.settings, sources=item.sources, check=item.check)
+        job.hashed, job.sums = item.hashed, item.sums
         self.jobs.append(job)
         yield from self._check(job)
 
@@ -178,7 +190,8 @@ class Scheduler:
     def _check(self, job: ShardJob) -> Iterator[Done]:
         """Start checking a shard that is complete on disk."""
         job.stage = "check"
-        yield from self._submit(job, job.check.tasks(job.files, self.ahead) if job.check else ())
+        found = job.check.tasks(job.files, self.ahead) if job.check else ()
+        yield from self._submit(job, chain(found, job.hash_tasks(self.ahead)))
 
     def _submit(self, job: ShardJob, tasks: Iterable[Task]) -> Iterator[Done]:
         job.all_submitted = False
@@ -223,9 +236,11 @@ class Scheduler:
         if job.stage == "quantize":
             job.refuse_broken()
             job.finish_checksum()
-            commit = self.committer.submit(job.make_durable, self.is_last_part)
+            commit = self.committer.submit(job.make_durable, self.is_last_part, self.add_up)
             self.committing.append((job, commit))
         else:
+            if job.hashed is not None:
+                job.finish_checksum()
             if job.unit is None:
                 self._report(job, job.size)  # a sample leaves out most of it
             self._close(job)
@@ -253,7 +268,7 @@ class Scheduler:
 
     @staticmethod
     def _done(job: ShardJob, final: bool) -> Done:
-        return Done(job.name, job.size, job.sha256, job.check if final else None, final)
+        return Done(job.name, job.size, job.sha256, job.sums, job.check if final else None, final)
 
     def _results(self) -> Iterator[Done]:
         while self.done:

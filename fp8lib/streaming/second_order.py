@@ -58,7 +58,9 @@ class SecondOrder:
             As for one matrix, of all rows.
         """
         each = rows.split([last - first for _, first, last in parts])
-        chosen = [self._scales(matrix, own) for (matrix, _, _), own in zip(parts, each, strict=True)]
+        chosen = [
+            self.scales(matrix.weight.name, own) for (matrix, _, _), own in zip(parts, each, strict=True)
+        ]
         groups: dict[str | None, list[int]] = {}
         for number, (matrix, _, _) in enumerate(parts):
             entry = self.factors.entry(matrix.weight.name, matrix.columns)
@@ -77,14 +79,15 @@ class SecondOrder:
                 codes[i] = own
         return _below(codes).view(DTYPE), _below(chosen)
 
-    def _scales(self, matrix: Matrix, rows: torch.Tensor) -> torch.Tensor:
-        activation = None
+    def scales(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """The scales alone, of rows of the weight of that name."""
+        activation, columns = None, rows.shape[1]
         if self.importance is not None:
-            values = self.importance(matrix.weight.name, matrix.columns)
+            values = self.importance(name, columns)
             if values is not None:
                 activation = copy_without_waiting(torch.from_numpy(values), rows.device)
         scales, amax = block_scales(rows, self.calibration, activation)
-        has_moments = self.factors.entry(matrix.weight.name, matrix.columns) is not None
+        has_moments = self.factors.entry(name, columns) is not None
         return with_headroom(scales, amax) if has_moments else scales
 
 

@@ -14,12 +14,15 @@ from fp8lib.checkpoint.headers import Shard
 from fp8lib.checkpoint.layout import Matrix, Passthrough, Rewritten
 from fp8lib.checkpoint.untrusted import printable
 from fp8lib.numerics.blocks import blocks
+from fp8lib.numerics.sums import sum_codes, sum_scales
 from fp8lib.streaming.checksum import OrderedDigest
 from fp8lib.streaming.convert import Conversion, convert_batch
 from fp8lib.streaming.devices import default_readers
 from fp8lib.streaming.lanes import DTYPES, Files, Lane, ReadAhead, Way, as_bytes
 from fp8lib.streaming.rewrite import Merge, merge_batch, merge_bytes, restore
+from fp8lib.streaming.sums import Origin, Sums
 from fp8lib.streaming.units import (
+    COPY_PIECE,
     Bytes,
     Piece,
     RewrittenRows,
@@ -111,7 +114,10 @@ class ShardJob:
         sources: the input shards it is made from, as far as they are known.
         unit: what of it is to be quantized; None if it is complete and only to be checked.
         check: what to do when it is complete, or None.
+        hashed: the complete file, if its digest is to be taken by reading it; else None.
         sha256: digest of the output file once it is complete; None if it was not asked for.
+        sums: of the codes and scales that were computed; None if nobody knows them.
+        origin: where those begin in the file.
         broken: names of weights that hold NaN or infinity.
         outstanding: tasks handed out and not settled.
         stage: `quantize` or `check`.
@@ -125,9 +131,12 @@ class ShardJob:
     sources: tuple[Shard, ...] = ()
     unit: Unit | None = None
     check: Check | None = None
+    hashed: Path | None = None
     writer: ShardWriter | None = None
     digest: OrderedDigest | None = None
     sha256: str | None = None
+    sums: Sums | None = None
+    origin: Origin | None = None
     broken: set[str] = field(default_factory=set)
     outstanding: int = 0
     all_submitted: bool = False
@@ -138,15 +147,17 @@ class ShardJob:
         """Create the output file under its temporary name."""
         plan = self.unit.plan
         self.writer = ShardWriter(folder / plan.name, plan.header, plan.size, shared=self.unit.parts > 1)
+        self.sums, self.origin = Sums(), Origin.of(plan.outputs())
         if self.settings.checksums:
             self.digest = OrderedDigest(plan.header)
 
     def tasks(self, on_bytes: Callable[[str, int], None], ahead: ReadAhead) -> Iterator[Task]:
         """One task for each of this unit's pieces, or batches of them."""
 
-        def settle(outcome: tuple[int, Future]) -> None:
-            count, written = outcome
+        def settle(outcome: tuple[int, Future, Sums]) -> None:
+            count, written, sums = outcome
             written.result()
+            self.sums += sums
             on_bytes(self.name, count)
 
         found = pieces(self.unit, self.settings.piece_weights)
@@ -173,7 +184,7 @@ class ShardJob:
         """The input's bytes of a batch, uint8, in the host buffer of that name."""
         (item, first, _), (last_item, _, last) = batch[0], batch[-1]
         if isinstance(item, Passthrough):
-            start, end = item.start + first, item.start + last
+            start, end = (item.start + item.input_bytes(offset) for offset in (first, last))
         else:
             start, end = input_start(item, first), input_start(last_item, last)
         path = item.source.path if isinstance(item, Rewritten) else self.unit.plan.source.path
@@ -181,25 +192,30 @@ class ShardJob:
 
     def _quantize(
         self, lane: Lane, batch: list[Rows], read: Callable[[Lane, str], torch.Tensor]
-    ) -> tuple[int, Future]:
-        """Rows of matrices, from file to file. Returns (input bytes, future of `_write`)."""
+    ) -> tuple[int, Future, Sums]:
+        """Rows of matrices, from file to file. Returns (input bytes, future of `_write`, their sums)."""
         matrix, first, _ = batch[0]
+        at = codes_start(matrix, first), scales_start(matrix, first)
         raw = read(lane, "in")
         host = raw.view(DTYPES[matrix.dtype])
         if self.settings.merge is not None:
             merge_batch(self.settings.merge, ((m.weight.name, m.columns, *span) for m, *span in batch), host)
         weights = lane.to_device(host)
         codes, scales = convert_batch(self.settings.convert, batch, weights)
+        sums = torch.stack(
+            [
+                sum_codes(codes, at[0] - self.origin.codes),
+                sum_scales(scales, at[1] - self.origin.scales),
+            ]
+        )
         output = lane.next_output()
         codes = lane.to_host(f"codes {output}", codes)
         scales = lane.to_host(f"scales {output}", scales)
+        sums = lane.to_host("sums", sums)
         lane.synchronize()
         self._note_broken(batch, scales.view(torch.bfloat16))
-        return len(raw), lane.write_behind(
-            self._write,
-            (codes_start(matrix, first), as_bytes(codes)),
-            (scales_start(matrix, first), as_bytes(scales)),
-        )
+        written = lane.write_behind(self._write, (at[0], as_bytes(codes)), (at[1], as_bytes(scales)))
+        return len(raw), written, Sums() + Sums(*sums.view(torch.int64).tolist())
 
     def _note_broken(self, batch: list[Rows], scales: torch.Tensor) -> None:
         if not bool(scales.isfinite().all()):
@@ -210,32 +226,41 @@ class ShardJob:
 
     def _copy(
         self, lane: Lane, batch: list[Bytes], read: Callable[[Lane, str], torch.Tensor]
-    ) -> tuple[int, Future]:
-        """Bytes of a tensor that is kept. Returns as `_quantize`."""
+    ) -> tuple[int, Future, Sums]:
+        """Bytes of a tensor that is kept, or its values rounded. Returns as `_quantize`."""
         ((item, first, last),) = batch
-        raw = read(lane, f"kept {lane.next_output()}")
-        return last - first, lane.write_behind(self._write, (output_start(item, first), as_bytes(raw)))
+        output = lane.next_output()
+        raw = kept = read(lane, f"kept {output}")
+        if item.dtype:
+            kept = lane.host(f"rounded {output}", last - first)
+            kept.view(DTYPES[item.output.dtype]).copy_(raw.view(DTYPES[item.dtype]))
+        if not is_finite(kept, item.output.dtype):
+            self.broken.add(item.output.name)
+        written = lane.write_behind(self._write, (output_start(item, first), as_bytes(kept)))
+        return len(raw), written, Sums()
 
     def _change(
         self, lane: Lane, batch: list[RewrittenRows], read: Callable[[Lane, str], torch.Tensor]
-    ) -> tuple[int, Future]:
+    ) -> tuple[int, Future, Sums]:
         """Rows of a matrix that are moved, and changed by adapters. Returns as `_quantize`."""
         ((item, first, _),) = batch
         raw = read(lane, f"kept {lane.next_output()}")
         if not merge_bytes(self.settings.merge, item, raw, first):
             self.broken.add(item.name)
-        return len(raw), lane.write_behind(self._write, (output_start(item, first), as_bytes(raw)))
+        written = lane.write_behind(self._write, (output_start(item, first), as_bytes(raw)))
+        return len(raw), written, Sums()
 
     def _restore(
         self, lane: Lane, batch: list[RewrittenRows], read: Callable[[Lane, str], torch.Tensor]
-    ) -> tuple[int, Future]:
+    ) -> tuple[int, Future, Sums]:
         """Rows of a matrix that are turned back from FP8. Returns as `_quantize`."""
         ((item, first, _),) = batch
         raw = read(lane, "in")
         rows, sound = restore(lane, self.files, item, raw, first, f"rows {lane.next_output()}")
         if not sound:
             self.broken.add(item.name)
-        return len(raw), lane.write_behind(self._write, (output_start(item, first), as_bytes(rows)))
+        written = lane.write_behind(self._write, (output_start(item, first), as_bytes(rows)))
+        return len(raw), written, Sums()
 
     def _write(self, *chunks: tuple[int, memoryview]) -> None:
         """Write (offset, data) chunks, of which the first is next in the file, and have them hashed."""
@@ -270,14 +295,34 @@ class ShardJob:
         for source in self.sources:
             self.files.refuse_changed(source)
 
-    def make_durable(self, is_last_part: Callable[[Unit], bool]) -> bool:
+    def make_durable(
+        self,
+        is_last_part: Callable[[Unit], bool],
+        add_up: Callable[[Unit, Sums], Sums] = lambda unit, sums: sums,
+    ) -> bool:
         """Give the output its name, if this was its last part. Runs in the committing thread."""
         if self.unit.parts > 1:
             self.writer.hand_over()  # before it is counted: what is counted must stay
+            add_up(self.unit, self.sums)
             if not is_last_part(self.unit):
                 return False
+            self.sums = add_up(self.unit, Sums())  # those of all parts by now
         self.writer.commit()
         return True
+
+    def hash_tasks(self, ahead: ReadAhead) -> Iterator[Task]:
+        """Tasks that hash the complete file, if that was asked for."""
+        if self.hashed is None:
+            return
+        self.digest = OrderedDigest(b"")
+
+        def hash_piece(_: Lane, start: int, read: Future) -> None:
+            self.digest.add(start, as_bytes(read.result())).result()
+
+        for start in range(0, self.size, COPY_PIECE):
+            count = min(COPY_PIECE, self.size - start)
+            read = ahead.submit(lambda lane, s=start, n=count: lane.read("in", self.files, self.hashed, s, n))
+            yield partial(hash_piece, start=start, read=read), lambda _: None
 
     def finish_checksum(self) -> None:
         """Take the digest of the output file, all of which is written."""
@@ -295,6 +340,20 @@ class ShardJob:
             self.writer.abandon()
             self.writer = None
         self.files.close()
+
+
+def is_finite(raw: torch.Tensor, dtype: str) -> bool:
+    """Whether some bytes of a tensor hold neither NaN nor infinity.
+
+    Args:
+        raw: uint8 [bytes], whole elements.
+        dtype: safetensors' name of theirs; other than floats always are.
+    """
+    kind = torch.float64 if dtype == "F64" else DTYPES.get(dtype)
+    if kind is None or not len(raw):
+        return True
+    # Four times as fast as isfinite().all(), and one pass; NaN goes through aminmax.
+    return bool(torch.stack(raw.view(kind).aminmax()).isfinite().all())
 
 
 def _result_of(read: Future, _lane: Lane, _name: str) -> torch.Tensor:

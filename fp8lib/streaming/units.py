@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from fp8lib.checkpoint.layout import PAGE, Matrix, Passthrough, Rewritten, ShardPlan
 from fp8lib.numerics.blocks import BLOCK, blocks
 
-_COPY_PIECE = 4 * 1024 * 1024
+COPY_PIECE = 4 * 1024 * 1024
+"""Bytes of a tensor that is kept, or of a file, that are read at a time."""
 _UNITS_PER_RANK = 20
 """With 64 ranks the busiest has 5 % more than the mean then, 8 % with 10 (benchmarks/scale.py)."""
 _SMALLEST_UNIT = 16 * 1024 * 1024
@@ -144,5 +145,5 @@ def _byte_ranges(item: Passthrough) -> Iterator[tuple[int, int]]:
     first_page = min(-item.output.start % PAGE, size)
     if first_page:
         yield 0, first_page
-    for first in range(first_page, size, _COPY_PIECE):
-        yield first, min(first + _COPY_PIECE, size)
+    for first in range(first_page, size, COPY_PIECE):
+        yield first, min(first + COPY_PIECE, size)

@@ -4,7 +4,9 @@ pairing          FP8 weights and the originals they came from
 measure          error sums, and what they add up to
 measure_outputs  the same of what weights change in outputs
 output_error     judging weights by that
-shard_check      reads one shard back and measures a sample
+kept             tensors that are kept, compared with the input
+shard_check      reads one shard back: measures a sample, compares what is kept
+directory_check  what is not in the tensors: quantization_config, the index, copied files
 reading          rows read back from the disk
 restored         weights that were turned back or merged, compared with where they came from
 restored_pairing, restored_report   their pairs by name, their summary

@@ -1,26 +1,39 @@
 """What can be done about weights that are not GOOD, from what was measured when it was tried. No files here.
 
-A recommendation names what to type, what it changes for the worst of the weights it was tried on, and for how
-many of these the zone. Whatever would make another weight's zone worse is not recommended.
+A recommendation names what to type, what that changes for the worst of the weights it was tried on, and for
+how many the zone. Whatever would make the zone of another weight worse is not recommended.
 """
 
 import shlex
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from fp8lib.checkpoint.layout import Matrix
 from fp8lib.checkpoint.rules import fusion_group
 from fp8lib.checkpoint.untrusted import printable
-from fp8lib.numerics.modes import PHASES, Calibration
+from fp8lib.numerics.modes import PHASES, SCALE_FORMATS, Calibration
 from fp8lib.terminal import size
-from fp8lib.verification.health import BANDS, COSINE, Band, Measurement, Zone, zone_of
+from fp8lib.verification.bands import BANDS, COSINE, Band, Bands, Reason, Zone, judge_tensor, zone_of
+from fp8lib.verification.measurement import Measurement
 
-METRICS = {"cosine": "cosine", "mean_abs": "mean abs err", "max_abs": "max abs err"}
+METRICS = {
+    "cosine": "cosine",
+    "mean_abs": "mean abs err",
+    "max_abs": "max abs err",
+    "zero_share": "weights that become zero",
+    "bulk_error": "error of the smaller half of a block",
+}
 """What a person calls a band's metric."""
+_SHARES = ("zero_share", "bulk_error")
+"""Metrics that are shown in percent."""
 PATTERNS = 8
 """`--keep_bf16` flags that a recommendation spells out."""
 AS_THEY_ARE = "for engines that take scales as they are (docs/formats.md)"
+NO_ROUNDING = 0.9
+"""Below this a cosine is neither one of rounding nor of clipping by `mse`, which takes away half of a weight
+at most: vectors whose components differ by factors from 1/2 to 1 have a cosine of 2 sqrt(1/2) / (3/2) = 0.943
+at least, and rounding, which turns a vector by asin(1/16) at most, leaves 0.92."""
 
 
 # --- what would FAIL ---------------------------------------------------------------------------
@@ -34,15 +47,15 @@ class Failure(NamedTuple):
     text: str
 
 
-def failure_of(m: Measurement) -> Failure | None:
+def failure_of(m: Measurement, bands: Bands = BANDS) -> Failure | None:
     """What to say of a weight that would FAIL; None for any other."""
-    if zone_of(m) is not Zone.FAIL:
+    if zone_of(m, bands) is not Zone.FAIL:
         return None
     if m.output is not None:
         return Failure(m.name, m.cosine, "changes its outputs more than rounding to nearest")
-    band = _worst_band(m)
-    value = getattr(m, band.metric)
-    return Failure(m.name, m.cosine, f"{METRICS[band.metric]} {value:.4g}, limit {band.hard:g}")
+    band = _worst_band(m, bands)
+    value = _figure(band, getattr(m, band.metric))
+    return Failure(m.name, m.cosine, f"{METRICS[band.metric]} {value}, limit {_figure(band, band.hard)}")
 
 
 def reason_of(failures: Sequence[Failure]) -> str:
@@ -52,9 +65,51 @@ def reason_of(failures: Sequence[Failure]) -> str:
     return f"would FAIL: {printable(worst.name)} ({worst.text}){more}"
 
 
-def _worst_band(m: Measurement) -> Band:
+def _worst_band(m: Measurement, bands: Bands) -> Band:
     """The first of the bands that give a weight its zone."""
-    return max(BANDS, key=lambda band: band.zone(getattr(m, band.metric)))
+    zones = judge_tensor(m, bands).zones
+    return max(bands, key=lambda band: zones[band.metric])
+
+
+def _figure(band: Band, value: float) -> str:
+    if band.metric in _SHARES:
+        return f"{value:.3%}"
+    return f"{value:.6f}" if band.metric == "cosine" else f"{value:.3g}"
+
+
+# --- damage ------------------------------------------------------------------------------------
+
+
+def unexplained(flagged: Iterable[Measurement], used: Calibration | None) -> list[Measurement]:
+    """Weights of a directory that was made before, of which no setting is the cause, the worst first.
+
+    Args:
+        flagged: weights that are not GOOD.
+        used: how their scales were chosen; None if nobody knows.
+    """
+    clips = used is not None and used.clips
+    found = [
+        m
+        for m in flagged
+        if not (m.cosine >= NO_ROUNDING or clips) or (used is None and m.output is None and m.not_nearest)
+    ]
+    return sorted(found, key=lambda m: (COSINE.badness(m.cosine), m.name))
+
+
+def about_unexplained(found: Sequence[Measurement]) -> str:
+    """What to say of them: no calibration mode is advised for damaged files."""
+    m, codes = found[0], sum(m.not_nearest for m in found)
+    if m.cosine >= NO_ROUNDING:
+        return (
+            f"Tensors with codes that are not the nearest under their scales: {len(found)}, such as "
+            f"{printable(m.name)} ({codes:,} codes in all). They were rounded in another way, or the files "
+            "are damaged. If in doubt, copy or write them again."
+        )
+    return (
+        f"Tensors that are no rounding of the original: {len(found)}, such as {printable(m.name)} with "
+        f"cosine {m.cosine:.3g}. No scale does that: the files are damaged, or not made from this "
+        "--input_dir. Copy or write them again."
+    )
 
 
 # --- what would help ---------------------------------------------------------------------------
@@ -62,7 +117,7 @@ def _worst_band(m: Measurement) -> Band:
 
 @dataclass(frozen=True, slots=True)
 class Alternative:
-    """Another way to choose scales, and the flags that ask for it."""
+    """Another way to choose scales, and what to type for it."""
 
     calibration: Calibration
     flags: str
@@ -75,21 +130,16 @@ class Tried:
     now: Measurement
     then: tuple[Measurement, ...]
 
-    @property
-    def zone(self) -> Zone:
-        return zone_of(self.now)
-
 
 def alternatives(used: Calibration | None, given: Calibration) -> list[Alternative]:
-    """What to try, the same scale format first.
+    """What to try, the same scale format first. None of them clips.
 
     Args:
         used: how the scales were chosen; None if nobody knows.
-        given: the flags' calibration, with the files' scale format.
+        given: the same, or the flags with the files' scale format.
     """
-    formats = sorted(("ue8m0", "bf16"), key=lambda each: each != given.scale_format)
     found = []
-    for scale_format in formats:
+    for scale_format in sorted(SCALE_FORMATS, key=lambda each: each != given.scale_format):
         for mode in ("mse", "rms", "max"):
             new = replace(given, mode=mode, scale_format=scale_format, rms_saturate=False)
             if mode == given.mode:
@@ -115,99 +165,113 @@ def _flags(used: Calibration | None, new: Calibration) -> str:
     return " ".join(parts)
 
 
-def recommend(
-    tried: Sequence[Tried],
-    others: Sequence[Tried],
-    options: Sequence[Alternative],
-    scale_format: str,
-    flagged: int,
-    quantized: Iterable[Matrix],
-) -> list[str]:
-    """Recommendations, in words.
+@dataclass(frozen=True, slots=True)
+class Trials:
+    """What was tried on which weights, and what came out.
 
-    Args:
+    Attributes:
         tried: weights that are not GOOD, worst first.
-        others: GOOD ones that an alternative must leave so.
-        options: what was tried on all of them, in the order of `Tried.then`.
+        others: GOOD ones, which an alternative must leave so.
+        options: in the order of `Tried.then`.
         scale_format: of the files.
         flagged: weights that are not GOOD; those beyond `tried` were not tried.
-        quantized: every FP8 weight, for what keeping one costs.
+        bands: those in force.
     """
-    if not tried:
-        return []
-    scope = f" (tried on the {len(tried)} worst of {flagged})" if flagged > len(tried) else ""
-    best: list[tuple[int, int]] = []  # (gain, number of the option)
-    for same_format in (True, False):
-        gains = [
-            (_gain(number, tried, others), -number)
-            for number, option in enumerate(options)
-            if (option.calibration.scale_format == scale_format) is same_format
+
+    tried: Sequence[Tried]
+    others: Sequence[Tried]
+    options: Sequence[Alternative]
+    scale_format: str
+    flagged: int
+    bands: Bands = BANDS
+
+    def recommendations(self, quantized: Iterable[Matrix]) -> list[str]:
+        """What helps, in words; `quantized` is every FP8 weight, for what keeping some costs."""
+        best = list(self._best())
+        found = [f"{self.options[number].flags}: {self._changes(number)}" for number in best]
+        found = [text + self._scope() + self._condition(n) for text, n in zip(found, best, strict=True)]
+        left = [
+            t
+            for t in self.tried
+            if judge_tensor(t.now, self.bands).reason is not Reason.LARGE_WEIGHTS
+            and all(self._step(t, number) <= 0 for number in best)
         ]
-        gain, number = max(gains, default=(0, 0))
-        if gain > max((g for g, _ in best), default=0):
-            best.append((gain, -number))
-    found = []
-    for _, number in best:
-        option = options[number]
-        condition = f"; {AS_THEY_ARE}" if option.calibration.scale_format == "bf16" != scale_format else ""
-        found.append(f"{option.flags}: {_changes(number, tried)}{scope}{condition}")
-    left = [t for t in tried if all(zone_of(t.then[number]) >= t.zone for _, number in best)]
-    return found + _keep(left, quantized, scope)
+        return found + self._keep(left, quantized)
+
+    def _step(self, t: Tried, number: int) -> int:
+        """Zones by which an alternative improves a weight."""
+        return zone_of(t.now, self.bands) - zone_of(t.then[number], self.bands)
+
+    def _gain(self, number: int) -> int:
+        """Zones by which an alternative helps, in all; 0 if it makes any weight's zone worse."""
+        steps = [self._step(t, number) for t in (*self.tried, *self.others)]
+        return 0 if min(steps, default=0) < 0 else sum(steps)
+
+    def _best(self) -> Iterator[int]:
+        """The best alternative of the files' scale format; that of the other, if it is still better."""
+        reached = 0
+        for same in (True, False):
+            numbers = [
+                n
+                for n, option in enumerate(self.options)
+                if (option.calibration.scale_format == self.scale_format) is same
+            ]
+            number = max(numbers, key=self._gain)  # the first of equals
+            if self._gain(number) > reached:
+                reached = self._gain(number)
+                yield number
+
+    def _changes(self, number: int) -> str:
+        """For each change of zone: the figure of its worst weight, and how many there are."""
+        changes: dict[tuple[Zone, Zone], list[Tried]] = {}
+        for t in self.tried:
+            zones = zone_of(t.now, self.bands), zone_of(t.then[number], self.bands)
+            if zones[1] < zones[0]:
+                changes.setdefault(zones, []).append(t)
+        texts = []
+        for (before, after), members in sorted(changes.items(), reverse=True):
+            t = members[0]
+            band = _worst_band(t.now, self.bands)
+            was, now = (_figure(band, getattr(m, band.metric)) for m in (t.now, t.then[number]))
+            change = f"{METRICS[band.metric]} {was} -> {now}, {before.name} -> {after.name}"
+            texts.append(f"{change} ({_tensors(len(members))})")
+        return "; ".join(texts)
+
+    def _scope(self) -> str:
+        return f"; tried on the worst {len(self.tried)} of {self.flagged}" * (self.flagged > len(self.tried))
+
+    def _condition(self, number: int) -> str:
+        to_bf16 = self.options[number].calibration.scale_format == "bf16" != self.scale_format
+        return f"; {AS_THEY_ARE}" if to_bf16 else ""
+
+    def _keep(self, left: Sequence[Tried], quantized: Iterable[Matrix]) -> list[str]:
+        """The flags that keep the groups of weights that no setting helps, and what they cost."""
+        groups = sorted({group for t in left if (group := fusion_group(t.now.name))})
+        if not groups:
+            return []
+        flags = " ".join(f"--keep_bf16 {shlex.quote(_pattern(group))}" for group in groups[:PATTERNS])
+        cost = size(kept_bytes(groups, quantized))
+        text = f"{flags}: {_tensors(len(left))} that no setting helps; {cost} more{self._scope()}"
+        if groups[PATTERNS:]:
+            text += f"; {len(groups) - PATTERNS} more such groups, which the {cost} count"
+        if any(zone_of(t.now, self.bands) is Zone.FAIL for t in left):
+            text += "; --keep_failing finds and keeps every group that FAILs"
+        return [text]
 
 
-def _gain(number: int, tried: Sequence[Tried], others: Sequence[Tried]) -> int:
-    """Zones by which an alternative helps, in all; 0 if it makes any weight's zone worse."""
-    steps = [t.zone - zone_of(t.then[number]) for t in (*tried, *others)]
-    return 0 if min(steps) < 0 else sum(steps)
-
-
-def _changes(number: int, tried: Sequence[Tried]) -> str:
-    """What an alternative changes: for each change of zone its worst weight's figure, and how many."""
-    changes: dict[tuple[Zone, Zone], list[Tried]] = {}
-    for t in tried:
-        if (after := zone_of(t.then[number])) < t.zone:
-            changes.setdefault((t.zone, after), []).append(t)
-    texts = []
-    for (before, after), members in sorted(changes.items(), reverse=True):
-        t = members[0]
-        band = _worst_band(t.now)
-        was, now = (getattr(m, band.metric) for m in (t.now, t.then[number]))
-        figures = f"{METRICS[band.metric]} {_figure(band, was)} -> {_figure(band, now)}"
-        count = f"{len(members)} tensor{'s' if members[1:] else ''}"
-        texts.append(f"{figures}, {before.name} -> {after.name} ({count})")
-    return "; ".join(texts)
-
-
-def _figure(band: Band, value: float) -> str:
-    return f"{value:.6f}" if band is COSINE else f"{value:.3g}"
-
-
-def _keep(left: Sequence[Tried], quantized: Iterable[Matrix], scope: str) -> list[str]:
-    """Flags that keep the groups of weights that no setting helps, and what that costs."""
-    groups = sorted({group for t in left if (group := fusion_group(t.now.name))})
-    if not groups:
-        return []
-    cost = kept_bytes(groups, quantized)
-    total = size(sum(cost.values()))
-    flags = " ".join(f"--keep_bf16 {shlex.quote(_pattern(group))}" for group in groups[:PATTERNS])
-    tensors = f"{len(left)} tensor{'s' if left[1:] else ''} that no setting helps"
-    if not groups[PATTERNS:]:
-        return [f"{flags}: {tensors}; {total} more{scope}"]
-    failing = sum(t.zone is Zone.FAIL for t in left)
-    rest = f", and so on for {len(groups) - PATTERNS} more groups"
-    every = "; --keep_failing finds and keeps all groups that FAIL" if failing else ""
-    return [f"{flags}{rest}: {tensors}; {total} more{scope}{every}"]
+def _tensors(count: int) -> str:
+    return f"{count} tensor{'' if count == 1 else 's'}"
 
 
 def _pattern(name: str) -> str:
     """A pattern that matches a name and nothing else."""
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+    return "".join(f"[{c}]" if c in "*?[" else c for c in printable(name))
 
 
-def kept_bytes(groups: Collection[str], quantized: Iterable[Matrix]) -> Mapping[str, int]:
-    """Bytes that the output grows by when fusion groups are kept, by group."""
-    found = dict.fromkeys(groups, 0)
-    for m in quantized:
-        if (group := fusion_group(m.weight.name)) in found:
-            found[group] += m.rows * m.input_row_bytes - m.weight.nbytes - m.scale.nbytes
-    return found
+def kept_bytes(groups: Collection[str], quantized: Iterable[Matrix]) -> int:
+    """Bytes by which the output grows when fusion groups are kept."""
+    return sum(
+        m.rows * m.input_row_bytes - m.weight.nbytes - m.scale.nbytes
+        for m in quantized
+        if fusion_group(m.weight.name) in groups
+    )

@@ -1,27 +1,39 @@
-"""How far dequantized weights are from their original: error sums of pieces, and what they add up to.
+"""How far dequantized weights are from their original: what is measured of pieces, and what they add up to.
 
-cosine    <w, w'> / (|w| |w'|), computed as (|w|^2 + |w'|^2 - |w - w'|^2) / (2 |w| |w'|), which keeps
-          the digits of 1 - cosine that a plain dot product in float32 loses
-relative  |w - w'| / |w|
-mean_abs  mean of |w - w'|
-max_abs   largest |w - w'|
+cosine      <w, w'> / (|w| |w'|), computed as (|w|^2 + |w'|^2 - |w - w'|^2) / (2 |w| |w'|), which keeps
+            the digits of 1 - cosine that a plain dot product in float32 loses
+relative    |w - w'| / |w|
+mean_abs    mean of |w - w'|
+max_abs     largest |w - w'|
+vs_best     |w - w'|^2 over the least that block scales of the same format can give, block by block
+zero_share  share of the nonzero weights that became zero
+bulk_error  |w - w'| / |w| of the smaller half of a block's nonzero weights; the largest of all blocks.
+            The half ends with the eighth of an octave, by BF16 bits, that the median is in
 
-All of it twice: for the weights as they are in the file, and as an engine computes with them that requantizes
-them (`numerics/served.py`).
+The first four twice: for the weights as they are in the file, and as an engine computes with them that
+requantizes them (`numerics/served.py`).
+
+`bulk_error` is what outliers cannot hide. One weight of 1e5 in a block leaves all others zero, and the
+tensor's cosine at 1.000000. The block's cosine without its largest weight would show that, but not with two
+such weights, nor with a channel of them; its smaller half is free of them, wherever they are. Faint weights
+alarm nobody by themselves: most of the half's energy is that of weights near the median.
+
+And what is exact is compared exactly: codes with what rounding to nearest gives, scales with what choosing
+them again gives. `sums.py` does the sums.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 
-from fp8lib.numerics.e4m3 import dequantize
-from fp8lib.numerics.served import is_served_as_written, requantize
-from fp8lib.verification.health import Measurement, max_or_nan
+from fp8lib.verification.measurement import Measurement, max_or_nan
+from fp8lib.verification.sums import Prepared, all_sums
 
-# Squares of values outside leave float32; such pieces are measured in float64.
-_FLOAT32_SQUARES = (1e-15, 1e15)
+Piece = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Weights, codes and scales; `measure` says of what shape."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,95 +58,85 @@ class Errors:
 
     Attributes:
         count: weights.
-        original: sum of squares of w.
         amax: largest |w|.
         written: of the weights in the file.
         served: of the weights that an engine computes with.
-        requantized: weights that are not the same in both.
+        original: sum of squares of w.
+        least: least sum of squares of w - w' that scales can give.
+        bulk: largest squared relative error of the smaller half of a block.
+        nonzero: weights that are not zero.
+        zeroed: of these, weights that became zero.
+        requantized: weights that are not the same in the file and as served.
+        not_nearest: codes that are not the nearest.
+        other_scales: scales that are not those which were chosen again.
     """
 
     count: int
-    original: float
     amax: float
     written: Sums
     served: Sums
+    original: float
+    least: float
+    bulk: float
+    nonzero: int
+    zeroed: int
     requantized: int
+    not_nearest: int
+    other_scales: int
 
 
-def measure(weights: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> Errors:
+def measure(
+    weights: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, *, powers_of_two: bool = False
+) -> Errors:
     """Error sums of rows of a matrix that start at a multiple of 128.
 
     Args:
         weights: [rows, columns] as in the input, BF16, F16 or F32.
         codes: float8_e4m3fn [rows, columns].
         scales: [ceil(rows/128), ceil(columns/128)], BF16 or F32.
+        powers_of_two: whether the scales were to be; `vs_best` compares with the best of these.
     """
-    return measure_all([(weights, codes, scales)])[0]
+    return measure_all([(weights, codes, scales)], powers_of_two)[0]
 
 
-def measure_all(pieces: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> list[Errors]:
+def measure_all(
+    pieces: Sequence[Piece], powers_of_two: bool, chosen_again: Sequence[torch.Tensor | None] = ()
+) -> list[Errors]:
     """What `measure` says of each of several pieces.
 
     Each is summed by itself, because a sum of floats depends on what is summed together. But the host waits
-    for the device only twice, however many pieces there are.
+    for the device only twice, however many pieces there are, unless scales are searched.
+
+    Args:
+        pieces: what is measured.
+        powers_of_two: whether the scales were to be.
+        chosen_again: scales of each piece as they should be; None, or nothing at all, where nobody knows.
     """
-    originals = [weights.float() for weights, _, _ in pieces]
-    known = [
-        torch.stack([_largest(original), is_served_as_written(codes, scales).float()])
-        for original, (_, codes, scales) in zip(originals, pieces, strict=True)
-    ]
-    known = torch.stack(known).tolist()
-    sums = [_all_sums(*each) for each in zip(originals, pieces, known, strict=True)]
-    sums = torch.stack(sums).tolist()
+    prepared = [Prepared(*piece, powers_of_two) for piece in pieces]
+    known = torch.stack([each.known for each in prepared]).tolist()
+    sums = [all_sums(each, facts, again) for each, facts, again in zip_longest(prepared, known, chosen_again)]
     return [
-        Errors(original.numel(), square_sum, amax, Sums(*rest[:4]), Sums(*rest[4:8]), int(rest[8]))
-        for original, (amax, _), (square_sum, *rest) in zip(originals, known, sums, strict=True)
+        Errors(
+            weights.numel(), facts[0], Sums(*rest[:4]), Sums(*rest[4:8]), *rest[8:11], *map(int, rest[11:])
+        )
+        for (weights, _, _), facts, rest in zip(pieces, known, torch.stack(sums).tolist(), strict=True)
     ]
-
-
-def _all_sums(
-    original: torch.Tensor, piece: tuple[torch.Tensor, torch.Tensor, torch.Tensor], known: tuple[float, float]
-) -> torch.Tensor:
-    """Sum of squares of w, `Sums` as written and as served, weights that are not the same: float64 [10]."""
-    _, codes, scales = piece
-    amax, same = known
-    wide = not _FLOAT32_SQUARES[0] < amax < _FLOAT32_SQUARES[1]
-    written = dequantize(codes, scales)
-    square_sum, in_file = _square_sum(original, wide), _sums(original, written, wide)
-    if same:
-        return torch.stack([square_sum, *in_file, *in_file, torch.zeros_like(square_sum)])
-    served = dequantize(*requantize(codes, scales))
-    return torch.stack(
-        [square_sum, *in_file, *_sums(original, served, wide), (served != written).sum().double()]
-    )
-
-
-def _sums(original: torch.Tensor, restored: torch.Tensor, wide: bool) -> list[torch.Tensor]:
-    """The fields of `Sums`, float64; squares are taken in float64, too, if `wide`."""
-    difference = restored - original
-    max_abs = _largest(difference).double()
-    squares = [_square_sum(t, wide) for t in (restored, difference)]
-    absolute = (difference.double() if wide else difference).abs_().sum().double()
-    return [*squares, absolute, max_abs]
-
-
-def _square_sum(values: torch.Tensor, wide: bool) -> torch.Tensor:
-    values = values.double() if wide else values
-    return values.mul(values).sum().double()
-
-
-def _largest(values: torch.Tensor) -> torch.Tensor:
-    """Largest magnitude, NaN if there is one."""
-    least, most = values.aminmax()
-    return torch.maximum(-least, most)
 
 
 def combine(name: str, pieces: Sequence[Errors]) -> Measurement:
     """The measurement of a matrix from its pieces, in the order of its rows."""
     count, original = sum(p.count for p in pieces), math.fsum(p.original for p in pieces)
+    nonzero = sum(p.nonzero for p in pieces)
+    lost, least = math.fsum(p.written.difference for p in pieces), math.fsum(p.least for p in pieces)
     return Measurement(
         name,
+        weights=count,
         amax=max_or_nan(p.amax for p in pieces),
+        vs_best=1.0 if lost == least else lost / least if least else math.inf,
+        zero_share=sum(p.zeroed for p in pieces) / nonzero if nonzero else 0.0,
+        bulk_error=math.sqrt(max_or_nan(p.bulk for p in pieces)),
+        not_nearest=sum(p.not_nearest for p in pieces),
+        other_scales=sum(p.other_scales for p in pieces),
         requantized=sum(p.requantized for p in pieces),
         **_metrics(count, original, [p.written for p in pieces], ""),
         **_metrics(count, original, [p.served for p in pieces], "served_"),

@@ -5,18 +5,18 @@ by tensor names alone: it may come from this tool, from the model's publisher or
 have quantized modules that the rules keep, kept some that they quantize, and store its scales as F32.
 """
 
+import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from fp8lib.checkpoint.directory import Checkpoint
 from fp8lib.checkpoint.headers import ITEM_SIZE, Shard, Tensor, read_shard
-from fp8lib.checkpoint.layout import Extent, ShardPlan, matrices_of
+from fp8lib.checkpoint.layout import SCALE_SUFFIX, Extent, Matrix, ShardPlan, matrices_of
 from fp8lib.checkpoint.untrusted import printable
 from fp8lib.numerics.blocks import blocks
 from fp8lib.streaming.lanes import DTYPES
-
-SCALE_SUFFIX = "_scale_inv"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,59 @@ class Pair:
     source: Extent
     weight: Extent
     scale: Extent
+
+    @property
+    def matrix(self) -> Matrix:
+        """The same as something to quantize again."""
+        grid = blocks(self.rows), blocks(self.columns)
+        nbytes = grid[0] * grid[1] * ITEM_SIZE[self.scale.dtype]
+        size = self.rows * self.columns
+        weight = Tensor(self.name, self.weight.dtype, (self.rows, self.columns), self.weight.start, size)
+        scale = Tensor(self.name + SCALE_SUFFIX, self.scale.dtype, grid, self.scale.start, nbytes)
+        return Matrix(self.source.dtype, self.source.start, self.rows, self.columns, weight, scale)
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A tensor that is not FP8, and the same of the input: `count` values in either."""
+
+    name: str
+    count: int
+    source: Extent
+    output: Extent
+
+    @property
+    def nbytes(self) -> int:
+        """In the output."""
+        return self.count * ITEM_SIZE[self.output.dtype]
+
+    @property
+    def span(self) -> range:
+        """Offsets of its bytes in the output's file."""
+        return range(self.output.start, self.output.start + self.nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Pairing:
+    """What a shard of an FP8 directory has in common with the original, and one line per deviation."""
+
+    shard: Shard
+    pairs: list[Pair]
+    kept: list[Kept]
+    problems: list[str]
+
+
+def planned_kept(plan: ShardPlan, path: Path) -> list[Kept]:
+    """The kept tensors of a shard that was written to `path` as planned."""
+    return [
+        Kept(
+            item.output.name,
+            math.prod(item.output.shape),
+            Extent(plan.source.path, item.dtype or item.output.dtype, item.start),
+            Extent(path, item.output.dtype, item.output.start),
+        )
+        for item in plan.passthrough
+    ]
 
 
 def planned_pairs(plan: ShardPlan, path: Path) -> list[Pair]:
@@ -71,41 +124,44 @@ def structural_problems(plan: ShardPlan, path: Path) -> list[str]:
                 f"planned {expected.dtype} {list(expected.shape)}"
             )
     problems += [f"{printable(name)}: in {shard.name} but not in the plan" for name in found]
+    planned = hashlib.sha256(plan.header[8:]).hexdigest()
+    if not problems and plan.header and shard.header_sha256 != planned:
+        problems.append(f"{shard.name}: its header is not the one that was planned")
     return problems
 
 
 # --- whole directories -------------------------------------------------------------------------
 
 
-def pair_directories(
-    original: Checkpoint, quantized: Checkpoint
-) -> list[tuple[Shard, list[Pair], list[str]]]:
-    """For each shard of the FP8 directory: its pairs, and one line per structural problem.
+def pair_directories(original: Checkpoint, quantized: Checkpoint) -> list[Pairing]:
+    """Pair each shard of the FP8 directory with the original.
 
     A tensor of the original that is nowhere in the FP8 directory is a problem of its first shard.
     """
-    sources = {t.name: t for shard in original.shards for t in shard.tensors}
+    sources = {t.name: (shard, t) for shard in original.shards for t in shard.tensors}
     matrices = {name: rest for shard in original.shards for name, *rest in _matrices(shard)}
     present = {t.name: (shard, t) for shard in quantized.shards for t in shard.tensors}
     result = []
     for shard in quantized.shards:
-        pairs, problems = [], []
+        pairing = Pairing(shard, [], [], [])
         for tensor in shard.tensors:
             if tensor.name.endswith(SCALE_SUFFIX) and tensor.name not in sources:
                 weight = present.get(tensor.name.removesuffix(SCALE_SUFFIX))
                 if weight is None or weight[1].dtype != "F8_E4M3":
-                    problems.append(f"{printable(tensor.name)}: a scale without an FP8 weight")
-            elif tensor.dtype == "F8_E4M3":
-                found = _pair(shard, tensor, matrices, present)
-                (problems if isinstance(found, str) else pairs).append(found)
-            elif problem := _problem_of_kept(tensor, sources, matrices):
-                problems.append(problem)
-        result.append((shard, pairs, problems))
-    if not any(pairs for _, pairs, _ in result):
-        result[0][2].append("no FP8 weight in it that the original has too: nothing was measured")
-    result[0][2].extend(
+                    pairing.problems.append(f"{printable(tensor.name)}: a scale without an FP8 weight")
+                continue
+            if tensor.dtype == "F8_E4M3":
+                found, paired = _pair(shard, tensor, matrices, present), pairing.pairs
+            else:
+                found, paired = _pair_kept(shard, tensor, sources, matrices), pairing.kept
+            (pairing.problems if isinstance(found, str) else paired).append(found)
+        result.append(pairing)
+    first = result[0].problems
+    if not any(pairing.pairs for pairing in result):
+        first.append("no FP8 weight in it that the original has too: nothing was measured")
+    first.extend(
         f"{printable(name)}: missing from the FP8 directory"
-        for tensor in sources.values()
+        for _, tensor in sources.values()
         if tensor.name not in present
         for name in ([n for n, *_ in matrices_of(tensor) if n not in present] or [tensor.name])
         if not _is_split(tensor, present)
@@ -159,14 +215,18 @@ def _pair(shard: Shard, tensor: Tensor, matrices: dict, present: dict) -> Pair |
     )
 
 
-def _problem_of_kept(tensor: Tensor, sources: dict[str, Tensor], matrices: dict) -> str | None:
-    """What is wrong with a tensor that is not FP8, if anything; another float dtype is not."""
+def _pair_kept(shard: Shard, tensor: Tensor, sources: dict, matrices: dict) -> Kept | str:
+    """A tensor that is not FP8 with the original's, or what is wrong with it; another float dtype is not."""
+    name = printable(tensor.name)
     if tensor.name in sources:
-        shape = sources[tensor.name].shape
+        home, other = sources[tensor.name]
+        shape, source = other.shape, Extent(home.path, other.dtype, other.start)
     elif tensor.name in matrices:
-        shape = tuple(matrices[tensor.name][1:])
+        source, *shape = matrices[tensor.name]
     else:
-        return f"{printable(tensor.name)}: not in the original"
-    if tensor.shape != shape:
-        return f"{printable(tensor.name)}: {list(tensor.shape)}, {list(shape)} in the original"
-    return None
+        return f"{name}: not in the original"
+    if tensor.shape != tuple(shape):
+        return f"{name}: {list(tensor.shape)}, {list(shape)} in the original"
+    if tensor.dtype != source.dtype and not {tensor.dtype, source.dtype} <= DTYPES.keys():
+        return f"{name}: {tensor.dtype}, {source.dtype} in the original"
+    return Kept(tensor.name, math.prod(shape), source, Extent(shard.path, tensor.dtype, tensor.start))

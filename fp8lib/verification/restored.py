@@ -56,11 +56,20 @@ class RestoredCheck:
     name: str
     weights: Sequence[Restored]
     problems: list[str]
+    looked_at: int = 0
 
     def tasks(self, files: Files, ahead: ReadAhead) -> Iterator[Task]:
         """Tasks that read and compare. What is not where it should be cannot be compared."""
         if not self.problems:
             yield from compare(self.weights, files, ahead, None, self.problems)
+
+    def found_problems(self, _: object) -> tuple[str, ...]:
+        """All deviations, one line each."""
+        return tuple(self.problems)
+
+    def damage(self, _: object) -> list[str]:
+        """None: whatever is wrong is a problem."""
+        return []
 
     def measurements(self) -> tuple:
         """None: what comes back in full has lost nothing, and the rest is a problem."""

@@ -1,4 +1,5 @@
-"""Checks one shard that is complete on disk: the values of its scales, and the error of a sample of matrices.
+"""Checks one shard that is complete on disk: the values of its scales, the error of a sample of matrices, the
+bytes of tensors that are kept, and whether codes and scales still add up to what was written.
 
 What was written is read back from the disk and not from the page cache.
 """
@@ -16,13 +17,17 @@ import torch
 from fp8lib.checkpoint.headers import ITEM_SIZE
 from fp8lib.checkpoint.untrusted import printable
 from fp8lib.numerics.blocks import blocks
+from fp8lib.numerics.sums import sum_codes, sum_scales
 from fp8lib.streaming.lanes import Files, Lane, ReadAhead
 from fp8lib.streaming.rewrite import Merge, merge_batch
 from fp8lib.streaming.shard_job import Task
+from fp8lib.streaming.sums import Origin, Sums
 from fp8lib.streaming.units import row_ranges
-from fp8lib.verification.health import Measurement
+from fp8lib.verification.claim import Claim
+from fp8lib.verification.kept import KeptCheck
 from fp8lib.verification.measure import Errors, combine, measure_all
-from fp8lib.verification.pairing import Extent, Pair
+from fp8lib.verification.measurement import Measurement
+from fp8lib.verification.pairing import Extent, Kept, Pair
 from fp8lib.verification.reading import AT_A_TIME, PIECE, read_values
 from fp8lib.verification.restored import Restored, compare
 
@@ -44,11 +49,17 @@ class ShardCheck:
         problems: structural deviations, one line each; what is known before, and what the check adds.
         samples: matrices to measure; None for all.
         seed: of the random sample.
+        claim: what codes and scales should be.
         factors: of second moments, to judge matrices by their outputs; None for none.
         merge: what adapters make of the originals, or None.
         merged: kept tensors that adapters change; a sample of them is compared, byte for byte.
+        kept: tensors to compare with the input.
+        origin: where the codes and scales of a shard in this tool's layout begin, to add them up; else None.
+        header_bytes: length of the header, which was compared before.
         errors: error sums of each measured matrix, in the order of its rows.
         outputs: the same of those that are judged by their outputs.
+        sums: of the codes and scales that were read.
+        looked_at: bytes of the shard that were.
     """
 
     name: str
@@ -56,11 +67,18 @@ class ShardCheck:
     problems: list[str]
     samples: int | None
     seed: int
+    claim: Claim
     factors: "Factors | None" = None
     merge: Merge | None = None
     merged: Sequence[Restored] = ()
+    kept: Sequence[Kept] = ()
+    origin: Origin | None = None
+    header_bytes: int = 0
     errors: dict[str, list[Errors]] = field(default_factory=dict)
     outputs: "dict[str, list[OutputSums]]" = field(default_factory=dict)
+    sums: Sums = field(default_factory=Sums)
+    looked_at: int = 0
+    _kept_check: KeptCheck | None = None
 
     def tasks(self, files: Files, ahead: ReadAhead) -> Iterator[Task]:
         """Tasks that read and measure. A tensor that is not where it should be cannot be measured."""
@@ -68,21 +86,54 @@ class ShardCheck:
             return
         for first in range(0, len(self.pairs), _PAIRS_AT_A_TIME):
             batch = self.pairs[first : first + _PAIRS_AT_A_TIME]
-            yield (lambda lane, b=batch: _check_scales(lane, files, b)), self.problems.extend
+            yield (lambda lane, b=batch: _check_scales(lane, files, b, self.origin)), self._add_scales
+        self._kept_check = KeptCheck(self.kept)
+        yield from self._kept_check.tasks(files, ahead)
         sampled = sample(self.pairs, self.samples, self.seed, self.name)
+        self.looked_at = self.header_bytes + sum(kept.nbytes for kept in self.kept)
+        self.looked_at += sum(_scale_bytes(pair) for pair in self.pairs)
+        self.looked_at += sum(pair.rows * pair.columns for pair in sampled)
+        origin = self.origin if len(sampled) == len(self.pairs) else None
         pieces = ((p, *span) for p in sampled for span in row_ranges(p.rows, p.columns, PIECE))
         for batch in _batches(pieces, AT_A_TIME[ahead.device.type]):
             read = ahead.submit(_read_rows, files, batch, self.merge)
-            yield partial(_measure, batch=batch, read=read), partial(self._add, batch)
+            task = partial(_measure, batch=batch, read=read, claim=self.claim, origin=origin)
+            yield task, partial(self._add, batch)
         for pair in sampled:
             yield from self._output_tasks(pair, files, ahead)
-
         merged = sample(self.merged, self.samples, self.seed, self.name)
+        self.looked_at += sum(m.rows * m.columns * ITEM_SIZE[m.restored.dtype] for m in merged)
         yield from compare(merged, files, ahead, self.merge, self.problems)
 
-    def _add(self, batch: list["_Rows"], found: list[Errors]) -> None:
-        for (pair, _, _), errors in zip(batch, found, strict=True):
+    def _add(self, batch: list["_Rows"], found: tuple[list[Errors], int]) -> None:
+        for (pair, _, _), errors in zip(batch, found[0], strict=True):
             self.errors.setdefault(pair.name, []).append(errors)
+        self.sums += Sums(codes=found[1])
+
+    def _add_scales(self, found: tuple[list[str], int]) -> None:
+        self.problems += found[0]
+        self.sums += Sums(scales=found[1])
+
+    def found_problems(self, written: Sums | None) -> tuple[str, ...]:
+        """All deviations, one line each.
+
+        Args:
+            written: what the shard's codes and scales added up to when they were written, if that is known.
+        """
+        found = list(self.problems)
+        if self._kept_check is None:  # the structure was wrong, and nothing was read
+            return tuple(found)
+        found += self._kept_check.problems()
+        if written is not None and self.origin is not None:
+            changed = ["scales"] * (self.sums.scales != written.scales)
+            if len(self.errors) == len(self.pairs) and self.sums.codes != written.codes:
+                changed.insert(0, "FP8 weights")
+            if changed:
+                found.append(
+                    f"{self.name}: its {' and '.join(changed)} are not those that were written; copy the "
+                    "file again, or write it again"
+                )
+        return tuple(found)
 
     def measurements(self) -> tuple[Measurement, ...]:
         """What the sampled matrices lost."""
@@ -92,6 +143,17 @@ class ShardCheck:
 
             found[name] = replace(found[name], output=combine_outputs(pieces))
         return tuple(found.values())
+
+    def damage(self, measurements: Sequence[Measurement]) -> list[str]:
+        """What in the shard is not what it should be, by its measurements: at most one line."""
+        by_codes = [m for m in measurements if self.claim.nearest and m.output is None and m.not_nearest]
+        by_scales = [m for m in measurements if m.other_scales]
+        if not (wrong := by_codes + by_scales):
+            return []
+        codes, scales = sum(m.not_nearest for m in by_codes), sum(m.other_scales for m in by_scales)
+        counts = " and ".join(f"{n:,} {what}" for n, what in ((codes, "codes"), (scales, "scales")) if n)
+        tensors = f"in {len({m.name for m in wrong})} tensors, such as {printable(wrong[0].name)}"
+        return [f"{printable(self.name)}: {counts} are not what this tool gives, {tensors}"]
 
     def _output_tasks(self, pair: Pair, files: Files, ahead: ReadAhead) -> Iterator[Task]:
         """Tasks that measure a matrix by its outputs, if there are second moments for it."""
@@ -122,9 +184,11 @@ def sample(pairs: Sequence[Pair], count: int | None, seed: int, shard: str) -> l
     return [pairs[i] for i in sorted(chosen)]
 
 
-def _check_scales(lane: Lane, files: Files, pairs: Sequence[Pair]) -> list[str]:
-    """What is wrong with the values of some pairs' scales, one line each."""
-    problems = []
+def _check_scales(
+    lane: Lane, files: Files, pairs: Sequence[Pair], origin: Origin | None
+) -> tuple[list[str], int]:
+    """What is wrong with the values of some pairs' scales, one line each; and what these add up to."""
+    problems, total = [], 0
     for pair in pairs:
         count = blocks(pair.rows) * blocks(pair.columns)
         scales = read_values(lane, files, "scales", pair.scale, pair.scale.start, count)
@@ -132,7 +196,13 @@ def _check_scales(lane: Lane, files: Files, pairs: Sequence[Pair]) -> list[str]:
             problems.append(
                 f"{printable(pair.name)}_scale_inv: holds values that are not finite and positive"
             )
-    return problems
+        if origin is not None:
+            total += int(sum_scales(scales.view(torch.uint8), pair.scale.start - origin.scales))
+    return problems, total
+
+
+def _scale_bytes(pair: Pair) -> int:
+    return blocks(pair.rows) * blocks(pair.columns) * ITEM_SIZE[pair.scale.dtype]
 
 
 # --- measuring ---------------------------------------------------------------------------------
@@ -181,9 +251,21 @@ def _read_rows(lane: Lane, files: Files, batch: list[_Rows], merge: Merge | None
     )
 
 
-def _measure(lane: Lane, batch: list[_Rows], read: Future) -> list[Errors]:
-    """The errors of each piece of a batch."""
-    return measure_all(_pieces(lane, batch, read))
+def _measure(
+    lane: Lane, batch: list[_Rows], read: Future, claim: Claim, origin: Origin | None
+) -> tuple[list[Errors], int]:
+    """The errors of each piece of a batch, and what their codes add up to, if there is an origin."""
+    pieces, again = _pieces(lane, batch, read), ()
+    if claim.scales is not None:
+        again = [claim.scales(pair.name, own[0]) for (pair, _, _), own in zip(batch, pieces, strict=True)]
+    errors = measure_all(pieces, claim.powers_of_two, again)
+    if origin is None:
+        return errors, 0
+    sums = [
+        sum_codes(codes.view(torch.uint8).view(-1), pair.weight.start + first * pair.columns - origin.codes)
+        for (pair, first, _), (_, codes, _) in zip(batch, pieces, strict=True)
+    ]
+    return errors, int(torch.stack(sums).sum())
 
 
 def _pieces(lane: Lane, batch: list[_Rows], read: Future) -> list[tuple[torch.Tensor, ...]]:

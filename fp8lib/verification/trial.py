@@ -20,8 +20,8 @@ from fp8lib.streaming.lanes import DTYPES, Files, Lane, ReadAhead, Way
 from fp8lib.streaming.rewrite import Merge, merge_batch
 from fp8lib.streaming.shard_job import Task
 from fp8lib.streaming.units import Rows, batches, input_start, row_ranges
-from fp8lib.verification.health import Measurement
 from fp8lib.verification.measure import Errors, combine, measure_all
+from fp8lib.verification.measurement import Measurement
 from fp8lib.verification.reading import AT_A_TIME, PIECE
 
 if TYPE_CHECKING:  # nothing of second moments is imported where there are none
@@ -115,9 +115,8 @@ class Trial:
         pieces = list(_cut(batch, weights, *convert_batch(method.convert, batch, weights)))
         sound = torch.stack([scales.isfinite().all() for _, _, scales in pieces]).tolist()
         found = []
-        for (matrix, _, _), errors, is_sound, piece in zip(
-            batch, measure_all(pieces), sound, pieces, strict=True
-        ):
+        measured = measure_all(pieces, method.powers_of_two)
+        for (matrix, _, _), errors, is_sound, piece in zip(batch, measured, sound, pieces, strict=True):
             output = None
             if is_sound and self._by_outputs(method, matrix):
                 from fp8lib.verification.measure_outputs import measure_outputs
