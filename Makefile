@@ -27,7 +27,7 @@ lint: $(VENV)/installed
 $(VENV)/installed: requirements.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -r requirements.txt \
-		pytest pytest-xdist filelock hypothesis peft ruff
+		pytest pytest-xdist filelock hypothesis peft ruff matplotlib jinja2 jsonschema playwright
 	touch $@
 
 clean:

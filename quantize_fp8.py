@@ -25,7 +25,7 @@ COMPARISON_FLAGS = (
 QUANTIZING_FLAGS = (
     "calib_mode", "scale_format", *(flag[2:] for _, flag in MODE_FLAGS), "activation_stats",
     "eligibility", "keep_failing", "keep_bf16", "quantize", "kept_dtype", "rounding", "second_moments",
-    "damping", "lora_dir", "verify_samples", "seed", "band", "compare_outputs",
+    "damping", "lora_dir", "verify_samples", "seed", "band", "compare_outputs", "report",
 )  # fmt: skip
 """Flags that mean nothing to --dequantize, which chooses no scales and verifies all that it writes."""
 WRITING_FLAGS = ("overwrite", "eligibility", "keep_failing", "keep_bf16", "quantize", "kept_dtype")
@@ -156,6 +156,11 @@ def make_parser() -> Parser:
         "another, against --input_dir",
     )  # fmt: skip
     group.add_argument(
+        "--report", type=path, action="append", default=[], metavar="FILE",
+        help="write what was found to *.json, or as a page to *.html (needs matplotlib, jinja2); twice at "
+        "most",
+    )  # fmt: skip
+    group.add_argument(
         "--band", action="append", default=[], metavar="NAME=GOOD,HARD",
         help="limits of cosine, mae or maxae, such as cosine=0.9995,0.995; repeatable",
     )  # fmt: skip
@@ -264,6 +269,8 @@ def _refuse_combinations(flags: argparse.Namespace, parser: Parser) -> None:
             )
     if (flags.rounding == "second_order") != (flags.second_moments is not None):
         parser.error("--rounding second_order and --second_moments: give both or neither")
+    if flags.dry_run and flags.report:
+        parser.error("argument --report: not allowed with argument --dry_run")
     if flags.dry_run and flags.compare_outputs:
         parser.error("argument --compare_outputs: not allowed with argument --dry_run")
     if flags.lora_dir and flags.kept_dtype:

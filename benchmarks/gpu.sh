@@ -36,7 +36,7 @@ section() {
         --device cuda --repeat "${REPEAT:-3}" --floor
     section "End to end, with checksums" "$python" benchmarks/bench_quantize.py --folder "$scratch" \
         "${model[@]}" --device cuda --repeat 1 --floor --modes rms --also=--checksums
-    section "Whole test suite on this machine" "$python" -m pytest -q -m "not gpu" tests/test_scales.py \
+    section "Bytes on this machine, without the GPU" "$python" -m pytest -q -m "not gpu" tests/test_scales.py \
         tests/test_output_contract.py
 } > "$results"
 printf 'wrote %s\n' "$results"

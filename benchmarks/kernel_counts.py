@@ -4,6 +4,7 @@ It needs no GPU and says nothing of time: kernels, waits, bytes. `bench_kernels.
 tests/test_kernel_counts.py holds it below bounds.
 """
 
+import math
 import sys
 from collections.abc import Callable
 from itertools import product
@@ -53,18 +54,19 @@ def count_all(matrices: int, rows: int, columns: int) -> list[dict[str, object]]
 
 def count_others(matrices: int, rows: int, columns: int) -> list[dict[str, object]]:
     """The same for second-order rounding, and for what checks written files. Matrices share one input."""
-    weights = matrices * rows * columns
     factors = Factors(
         lambda name, n: "input", lambda entry: _moments(columns), lambda entry, wrong: Fp8Error(wrong), 0.01,
         torch.device("cuda:0"),
     )  # fmt: skip
-    convert = SecondOrder(Calibration(), factors, _importance)
-    found = {"second order": _conversion(convert, matrices, rows, columns)}
+    size = matrices, rows, columns
+    found = {"second order": _conversion(SecondOrder(Calibration(), factors, _importance), *size)}
     for scale_format in SCALE_FORMATS:
-        found[f"measured, {scale_format}"] = _measurement(scale_format, matrices, rows, columns)
-    found["output errors measured"] = _outputs_measurement(factors, rows, columns)
-    sizes = {"output errors measured": rows * columns}
-    return [{"kernel": name, **count(piece, sizes.get(name, weights))} for name, piece in found.items()]
+        calibration = Calibration("max", scale_format=scale_format)
+        found[f"measured, {scale_format}"] = _measurement(calibration, measure_all, *size)
+    found["output errors measured"] = _measurement(
+        Calibration(), lambda pieces: measure_outputs(pieces, factors("weight", columns)), *size
+    )
+    return [{"kernel": name, **count(piece, math.prod(size))} for name, piece in found.items()]
 
 
 def count(piece: Piece, weights: int) -> dict[str, object]:
@@ -105,34 +107,18 @@ def _conversion(convert: Conversion, matrices: int, rows: int, columns: int) -> 
     return piece
 
 
-def _measurement(scale_format: str, matrices: int, rows: int, columns: int) -> Piece:
-    """Error sums of several pieces that were read together."""
+def _measurement(
+    calibration: Calibration, measure: Callable, matrices: int, rows: int, columns: int
+) -> Piece:
+    """What `measure` finds about several pieces that were read together."""
     weights = _weights(matrices * rows * columns).view(-1, columns)
-    found = quantize_blocks(weights, Calibration("max", scale_format=scale_format))
+    found = (weights, *quantize_blocks(weights, calibration))
 
     def piece(lane: Lane) -> None:
-        there = [
-            _pinned(lane, name, t)
-            for name, t in zip(("in", "codes", "scales"), (weights, *found), strict=True)
-        ]
+        there = [_pinned(lane, *each) for each in zip(("in", "codes", "scales"), found, strict=True)]
         heights = rows, rows, blocks(rows)
         each = [t.split(height) for t, height in zip(there, heights, strict=True)]
-        measure_all(list(zip(*each, strict=True)))
-
-    return piece
-
-
-def _outputs_measurement(factors: Factors, rows: int, columns: int) -> Piece:
-    """Output errors of a piece."""
-    weights = _weights(rows * columns).view(rows, columns)
-    found = quantize_blocks(weights, Calibration())
-
-    def piece(lane: Lane) -> None:
-        there = [
-            _pinned(lane, name, t)
-            for name, t in zip(("in", "codes", "scales"), (weights, *found), strict=True)
-        ]
-        measure_outputs(*there, factors("weight", columns))
+        measure(list(zip(*each, strict=True)))
 
     return piece
 

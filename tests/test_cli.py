@@ -740,7 +740,7 @@ def test_piped_output_is_plain_text_with_a_line_per_shard(
     progress = before_the_end(result, tmp_path / "out").splitlines()
     assert progress == [f"[{i}/2] model-0000{i}-of-00002.safetensors" for i in (1, 2)]
     assert not re.search(r"[\x00-\x09\x0b-\x1f]", result.out + result.err)
-    assert "⚠ WARN" in result.out
+    assert "✔ GOOD" in result.out
 
 
 def test_quiet_leaves_the_summary_and_nothing_else(

@@ -92,7 +92,7 @@ DAMAGE = {
         "config.json: quantization_config has activation_scheme static",
     ),
     "an empty list": (in_quantization_config(modules_to_not_convert=[]), "BF16, but taken for FP8"),
-    "no tokenizer": (without_tokenizer, "tokenizer.json: missing from the FP8 directory"),
+    "no tokenizer": (without_tokenizer, "tokenizer.json: missing from the directory"),
     "a tensor that the index forgot": (not_in_the_index, f"{ROUTER}: in the shards but not in"),
 }
 
@@ -135,7 +135,7 @@ def test_another_tool_may_have_its_own_small_files_and_settings(
     (finished / "config.json").write_text(json.dumps(config | {"transformers_version": "4.0"}))
     result = cli("--input_dir", original, "--output_dir", finished, "--verify_only")
     assert result.rc == 0, result.out
-    assert "note: generation_config.json: missing from the FP8 directory" in result.err
+    assert "note: generation_config.json: missing from the directory" in result.err
     assert "note: tokenizer_config.json: differs from the input's" in result.err
 
 

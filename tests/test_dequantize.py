@@ -285,6 +285,28 @@ def test_verify_only_finds_what_is_wrong(
     assert words in result.out
 
 
+def test_verify_only_compares_what_was_copied_too(
+    fp8: Path, restored: Path, cli: Callable, tmp_path: Path
+) -> None:
+    """One value of a kept tensor, a copied file, config.json, and then the digests of it all."""
+    folder = shutil.copytree(restored, tmp_path / "out")
+    command = ["--input_dir", fp8, "--output_dir", folder, "--dequantize", "--verify_only"]
+    assert cli(*command, "--checksums").rc == 0
+    subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=folder, check=True)
+    with safe_open(sorted(folder.glob("*.safetensors"))[0], "pt") as file:
+        name = next(n for n in file.keys() if n.endswith("input_layernorm.weight"))  # noqa: SIM118
+    spoil(lambda tensors: tensors[name][3].add_(1), folder)
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / CONFIG).write_text((folder / CONFIG).read_text() + " ")
+    result = cli(*command)
+    assert result.rc == 1
+    out = " ".join(result.out.split())
+    assert f"{name}: 1 of 256 values are not the input's" in out
+    assert "tokenizer.json: differs from the input's" in out
+    assert "config.json: not as it was written" in out
+    assert "config.json: its SHA-256 is not the one in SHA256SUMS" in out
+
+
 def test_a_weight_that_only_saturates_to_its_code_is_wrong(
     fp8: Path, restored: Path, cli: Callable, tmp_path: Path
 ) -> None:

@@ -6,7 +6,7 @@
 import pytest
 import torch
 
-from kernel_counts import count_all
+from kernel_counts import count_all, count_others
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real device here")
 
@@ -51,3 +51,22 @@ def test_many_matrices_take_the_launches_and_waits_of_one(rows: list[dict]) -> N
     many = count_all(5, 128, 256)
     for one, five in zip(rows, many, strict=True):
         assert (five["launches"], five["waits"]) == (one["launches"], one["waits"]), five["kernel"]
+
+
+def test_second_order_rounding_takes_a_dozen_launches_a_column_however_many_matrices() -> None:
+    # 10 a column, and what comes before and after. Scales are chosen, and errors added up, for each matrix.
+    each = {"second order": LAUNCHES["rms"], "output errors measured": 8}
+    for matrices in (1, 5):
+        found = {row["kernel"]: row for row in count_others(matrices, 128, 128)}
+        for kernel, more in each.items():
+            assert found[kernel]["launches"] <= 12 * 128 + more * matrices, found[kernel]
+            assert found[kernel]["waits"] <= 2, found[kernel]  # the order of channels, and the results
+
+
+def test_measuring_waits_twice_however_many_pieces() -> None:
+    for matrices in (1, 5):
+        for row in count_others(matrices, 128, 128):
+            if row["kernel"].startswith("measured"):
+                assert row["waits"] == 2, row
+                assert row["launches"] <= 97 * matrices, row  # sums of each by itself, as on a CPU
+                assert row["up, bytes/weight"] <= 3 + 2 / 128**2, row

@@ -389,6 +389,32 @@ def test_a_kept_tensor_that_rots_on_the_disk_is_found(
     assert "1 of 131072 values are not those of the input" in " ".join(result.out.split())  # 512 x 256
 
 
+def test_of_kept_experts_those_that_no_adapter_changes_are_compared_too(
+    checkpoint: Callable, quantized: Callable, cli: Callable, tmp_path: Path
+) -> None:
+    """One expert of a fused stack is merged; the stack is no longer the input's, nor a single one's."""
+    base = checkpoint("moe", mtp=False, num_hidden_layers=1)
+    experts = "model.language_model.layers.0.mlp.experts"
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    prefix = f"base_model.model.{experts}.1.down_proj.lora"
+    factors = {f"{prefix}_A.weight": torch.ones(2, 128), f"{prefix}_B.weight": torch.ones(256, 2)}
+    save_file(factors, adapter / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    flags = ["--lora_dir", adapter, "--keep_bf16", "*.mlp.experts*"]
+    folder = shutil.copytree(quantized(base, *flags), tmp_path / "out")
+    command = ["--input_dir", base, "--output_dir", folder, *flags[:2], "--verify_only"]
+    assert cli(*command).rc == 0
+    (folder / MANIFEST).unlink()
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"{experts}.down_proj"][5, 7, 7] += 1
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    result = cli(*command)
+    assert result.rc == 1
+    assert f"{experts}.5.down_proj.weight: 1 of 32768 values" in " ".join(result.out.split())
+
+
 def test_nan_in_an_adapter_is_refused(adapted: Callable, cli: Callable, tmp_path: Path) -> None:
     base, adapters, _ = adapted("dense")
     broken = shutil.copytree(adapters[0], tmp_path / "adapter")

@@ -19,7 +19,17 @@ MAY_IMPORT = {
     "model": {"streaming", "checkpoint", "numerics"},
     "calibration": {"model", "verification", "streaming", "checkpoint", "numerics", "terminal"},
     "outputs": {"model", "verification", "streaming", "checkpoint", "numerics", "terminal"},
+    "reports": {
+        "outputs",
+        "model",
+        "verification",
+        "streaming",
+        "checkpoint",
+        "numerics",
+        "terminal",
+    },
     "job": {
+        "reports",
         "calibration",
         "outputs",
         "model",

@@ -2,14 +2,17 @@
 
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 
 from fp8lib.checkpoint.dequantize_plan import make_dequantize_plan
 from fp8lib.checkpoint.directory import open_checkpoint
 from fp8lib.checkpoint.plan import Plan
+from fp8lib.job import checksums, recorded
 from fp8lib.job.manifest import ShardResult
+from fp8lib.job.progress import Progress
 from fp8lib.job.ranks import Ranks
 from fp8lib.job.run import agree, settings_for, work_and_gather, work_for_main
-from fp8lib.job.verifying import open_finished
+from fp8lib.job.verifying import files_beside, open_finished
 from fp8lib.terminal import Talk
 from fp8lib.verification.health import Zone
 from fp8lib.verification.restored_report import RestoredTotals, print_restored
@@ -37,18 +40,33 @@ def verify_only(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
     from fp8lib.verification.restored import RestoredCheck
     from fp8lib.verification.restored_pairing import pair_restored
 
-    plan = make_dequantize_plan(open_checkpoint(flags.input_dir), flags.expert_layout)
+    original = open_checkpoint(flags.input_dir)
+    plan = make_dequantize_plan(original, flags.expert_layout)
     finished = open_finished(flags.output_dir)
     settings = settings_for(flags, None, ranks)
-    work = [
-        ToCheck(shard.name, shard.size, RestoredCheck(shard.name, weights, problems))
-        for shard, weights, problems in pair_restored(plan, finished)
-    ]
+    earlier, damaged = recorded.sound_manifest(flags.output_dir)
+    if earlier and "dequantize" not in earlier.settings:  # copied along from elsewhere
+        earlier = None
+    listed, unreadable = recorded.listed_digests(flags.output_dir)
+    work = []
+    for shard, weights, kept, problems in pair_restored(plan, finished):
+        check = RestoredCheck(shard.name, weights, problems, kept)
+        hashed = shard.path if flags.checksums or shard.name in listed else None
+        work.append(ToCheck(shard.name, shard.size, check, hashed=hashed))
     if not ranks.is_main:
         work_for_main(flags, ranks, settings, work)
         return agree(ranks, None)
+    others = damaged + unreadable + files_beside(talk, original, finished, earlier, plan.config())
     results: dict[str, ShardResult] = {}
+    names, total = [item.name for item in work], sum(item.size for item in work)
+    progress = Progress(total, names, len(work), quiet=flags.quiet)
     work_and_gather(
-        flags, ranks, settings, work, len(work), 0, lambda result: results.update({result.name: result})
+        flags, ranks, settings, work, progress, lambda result: results.update({result.name: result})
     )
-    return agree(ranks, summarize(flags, talk, plan, [results[item.name] for item in work]))
+    ordered = [results[name] for name in names]
+    digests = {result.name: result.sha256 for result in ordered}
+    others += recorded.digest_problems(flags.output_dir, listed, digests, earlier)
+    ordered[0] = replace(ordered[0], problems=(*others, *ordered[0].problems))
+    if flags.checksums and not any(result.problems for result in ordered):
+        checksums.write(flags.output_dir, {name: digest for name, digest in digests.items() if digest})
+    return agree(ranks, summarize(flags, talk, plan, ordered))

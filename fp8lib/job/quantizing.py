@@ -29,6 +29,7 @@ from fp8lib.job.progress import Progress
 from fp8lib.job.ranks import Ranks
 from fp8lib.job.run import (
     agree,
+    agree_on,
     plan_for,
     planned_check,
     settings_for,
@@ -43,11 +44,11 @@ from fp8lib.verification.findings import Findings, Totals
 from fp8lib.verification.health import Zone
 
 
-def quantize(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
+def quantize(flags: Namespace, talk: Talk, ranks: Ranks) -> tuple[Zone, Findings | None]:
     """Quantize `flags.input_dir` into `flags.output_dir` and print the summary.
 
     Returns:
-        The verdict, the same on every rank; GOOD where verification was skipped.
+        (the verdict, the same on every rank, GOOD where verification was skipped; what was found, on rank 0).
 
     Raises:
         Fp8Error: refused or failed, on every rank. No config.json is left in the output directory.
@@ -65,7 +66,7 @@ def quantize(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
     if todo is not None:
         _check_agreement(flags, terms, todo.terms, ranks)
         work_for_main(flags, ranks, settings, _work(flags, plan, ranks, settings, todo))
-        return agree(ranks, None)
+        return agree_on(ranks, None)
 
     mine = _manifest(plan, decisive)
     state = output_dir.inspect(flags.output_dir, plan, mine, flags.overwrite)
@@ -94,15 +95,14 @@ def quantize(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
         _finish(flags, plan, results)
     ordered = [results[s.name] for s in plan.shards]
     if flags.dequantize:
-        return agree(ranks, dequantizing.summarize(flags, talk, plan, ordered))
-    found = _findings(flags, plan, ordered, covered, moments)
-    advise = partial(
-        trying.measured_advice, flags, talk, settings, partial(_sources, plan), flags.calibration
-    )
-    verdict = summarize(flags, talk, found, advise)
+        return agree(ranks, dequantizing.summarize(flags, talk, plan, ordered)), None
+    sources = partial(_sources, plan)
+    advise = partial(trying.measured_advice, flags, talk, settings, sources, flags.calibration)
+    found = summarize(flags, talk, _findings(flags, plan, ordered, covered, moments), advise)
+    verdict, _ = agree_on(ranks, found)
     if todo.quantize and not flags.quiet:
         print_ending(flags.output_dir, plan, found, verdict, time.monotonic() - begun)
-    return agree(ranks, verdict)
+    return verdict, found
 
 
 def _sources(plan: Plan) -> Iterator[trying.Source]:

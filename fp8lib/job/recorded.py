@@ -50,7 +50,7 @@ def recorded_problems(earlier: Manifest | None, quantized: Checkpoint, config: d
         if name not in (CONFIG, INDEX):
             continue
         if not (folder / name).is_file():
-            found.append(f"{name}: missing from the FP8 directory; {_AGAIN}")
+            found.append(f"{name}: missing from the directory; {_AGAIN}")
         elif checksums.file_digest(folder / name) != digest:
             change = f" ({_difference(config, quantized.config)})" if name == CONFIG else ""
             found.append(f"{name}: not as it was written{change}; {_AGAIN}")

@@ -48,24 +48,30 @@ def run(flags: Namespace, talk: Talk) -> Zone:
     Raises:
         Fp8Error: refused or failed, on every rank. No config.json is left in the output directory.
     """
-    from fp8lib.job import comparing, dequantizing, quantizing, verifying
+    from fp8lib.job import comparing, dequantizing, quantizing, reporting, verifying
 
     ranks = Ranks()
     if not ranks.is_main:
         talk = Talk(talk.printer, lambda text: None)
     for text in flags.notes:
         talk.warn(text)
+    found = compared = None
     try:
+        if ranks.is_main:
+            reporting.check(flags)
         inputs = comparing.prepare(flags, ranks) if flags.compare_outputs and ranks.is_main else None
-        if flags.verify_only:
-            verify = dequantizing.verify_only if flags.dequantize else verifying.verify_only
-            verdict = verify(flags, talk, ranks)
+        if flags.verify_only and flags.dequantize:
+            verdict = dequantizing.verify_only(flags, talk, ranks)
+        elif flags.verify_only:
+            verdict, found = verifying.verify_only(flags, talk, ranks)
         elif flags.dry_run:
             verdict = _dry_run(flags, talk, ranks)
         else:
-            verdict = quantizing.quantize(flags, talk, ranks)
+            verdict, found = quantizing.quantize(flags, talk, ranks)
         if flags.compare_outputs:
-            verdict, _ = comparing.compare(flags, talk, ranks, verdict, inputs)
+            verdict, compared = comparing.compare(flags, talk, ranks, verdict, inputs)
+        if found is not None:
+            reporting.write(flags, found, verdict, compared)
     except Exception as error:
         ranks.fail(error)
         ranks.leave()
@@ -136,6 +142,11 @@ def _dry_run(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
             moments_for(flags, plan, talk)
         (dry_run.print_restoring if flags.dequantize else dry_run.print_plan)(plan, talk.printer)
     return agree(ranks, Zone.GOOD)
+
+
+def agree_on(ranks: Ranks, found: Findings | None) -> tuple[Zone, Findings | None]:
+    """(rank 0's verdict, on every rank; what it found, None on others)."""
+    return agree(ranks, found and (found.health.verdict if found.health else Zone.GOOD)), found
 
 
 def agree(ranks: Ranks, verdict: Zone | None) -> Zone:
@@ -212,18 +223,20 @@ def shard_check(
 def planned_check(flags: Namespace, settings) -> Callable | None:
     """(plan, path) -> check of a shard that was written as planned; None if verification is skipped.
 
-    What was copied is read back only where all is to be verified.
+    What was copied is read back only where all is to be verified; of what was merged, a sample.
     """
     from fp8lib.streaming.sums import Origin
     from fp8lib.verification.pairing import planned_kept, planned_pairs, structural_problems
     from fp8lib.verification.restored import RestoredCheck, planned_restored
+    from fp8lib.verification.shard_check import sample
 
     claim = None if flags.dequantize else claims.of_run(flags, settings)
 
     def check(plan: ShardPlan, path: Path):
         problems, rewritten = structural_problems(plan, path), planned_restored(plan, path)
         if flags.dequantize:
-            return RestoredCheck(plan.name, rewritten, problems)
+            kept = planned_kept(plan, path)
+            return RestoredCheck(plan.name, rewritten, problems, kept, len(plan.header))
         return shard_check(
             flags,
             settings,
@@ -231,7 +244,7 @@ def planned_check(flags: Namespace, settings) -> Callable | None:
             plan.name,
             planned_pairs(plan, path),
             problems,
-            rewritten,
+            sample(rewritten, flags.verify_samples, flags.seed, plan.name),
             kept=planned_kept(plan, path) if flags.verify_samples is None else (),
             origin=Origin.of(plan.outputs()),
             header_bytes=len(plan.header),
@@ -328,7 +341,7 @@ def _process(flags: Namespace, ranks: Ranks, settings, work: list, on_bytes) -> 
 
 def summarize(
     flags: Namespace, talk: Talk, found: Findings, advise: Callable[[Findings], Sequence[str]]
-) -> Zone:
+) -> Findings:
     """Judge what was found, unless verification was skipped, and print the summary.
 
     Args:
@@ -338,7 +351,7 @@ def summarize(
         advise: what to do about tensors that are not GOOD, where nothing worse is wrong.
 
     Returns:
-        The verdict.
+        It, judged.
     """
     if not flags.skip_verify:
         health = judge(
@@ -353,4 +366,4 @@ def summarize(
             health = replace(health, recommendations=tuple(advise(found)))
             found = replace(found, health=health)
     report.print_summary(talk.printer, found)
-    return found.health.verdict if found.health else Zone.GOOD
+    return found

@@ -21,7 +21,7 @@ from fp8lib.job.manifest import Manifest, ShardResult
 from fp8lib.job.progress import Progress
 from fp8lib.job.ranks import Ranks
 from fp8lib.job.rounding import open_moments
-from fp8lib.job.run import agree, settings_for, shard_check, summarize, work_and_gather, work_for_main
+from fp8lib.job.run import agree_on, settings_for, shard_check, summarize, work_and_gather, work_for_main
 from fp8lib.numerics.modes import Calibration
 from fp8lib.streaming.sums import Origin
 from fp8lib.terminal import Talk
@@ -31,13 +31,13 @@ from fp8lib.verification.findings import Findings, Totals
 from fp8lib.verification.health import Zone
 
 
-def verify_only(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
+def verify_only(flags: Namespace, talk: Talk, ranks: Ranks) -> tuple[Zone, Findings | None]:
     """Measure `flags.output_dir` against `flags.input_dir` and print the summary.
 
     Writes nothing but SHA256SUMS, and that only with `--checksums`.
 
     Returns:
-        The verdict, the same on every rank.
+        (the verdict, the same on every rank; what was found, on rank 0).
 
     Raises:
         Fp8Error: one of the two is no complete checkpoint.
@@ -57,7 +57,7 @@ def verify_only(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
     work = _work(flags, settings, claim, pairings, earlier, listed, original, adapters)
     if not ranks.is_main:
         work_for_main(flags, ranks, settings, work)
-        return agree(ranks, None)
+        return agree_on(ranks, None)
     others = damaged + unreadable + _other_problems(talk, original, quantized, earlier)
     results: dict[str, ShardResult] = {}
     names, total = [item.name for item in work], sum(item.size for item in work)
@@ -72,11 +72,9 @@ def verify_only(flags: Namespace, talk: Talk, ranks: Ranks) -> Zone:
     if flags.checksums and not any(r.problems for r in ordered):
         checksums.write(flags.output_dir, {name: digest for name, digest in digests.items() if digest})
     found = _findings(flags, talk, claim, quantized, pairings, ordered, earlier, adapters)
-    used = _used(earlier)
-    advise = partial(
-        trying.measured_advice, flags, talk, settings, partial(_sources, original, pairings), used
-    )
-    return agree(ranks, summarize(flags, talk, found, advise))
+    sources = partial(_sources, original, pairings)
+    advise = partial(trying.measured_advice, flags, talk, settings, sources, _used(earlier))
+    return agree_on(ranks, summarize(flags, talk, found, advise))
 
 
 def _sources(original: Checkpoint, pairings: Sequence) -> Iterator[trying.Source]:
@@ -99,20 +97,18 @@ def _work(
     pairings: Sequence,
     earlier: Manifest | None,
     listed: Mapping[str, str],
-    original: Checkpoint,
     adapters: Adapters | None,
 ) -> list:
     """The shards to check, the same list on every rank."""
     from fp8lib.streaming.scheduler import ToCheck
-    from fp8lib.verification.restored_pairing import pair_merged
+    from fp8lib.verification.restored_pairing import take_merged
 
     work = []
     changes = adapters.changes if adapters else ()
     for each in pairings:
         shard = each.shard
         as_written = earlier is not None and earlier.headers.get(shard.name) == shard.header_sha256
-        merged = pair_merged(original, shard, changes) if adapters else ()
-        changed = [weight.restored.start for weight in merged]
+        merged, kept = take_merged(shard, each.kept, changes)
         check = shard_check(
             flags,
             settings,
@@ -121,7 +117,7 @@ def _work(
             each.pairs,
             each.problems,
             merged,
-            kept=[kept for kept in each.kept if not any(start in kept.span for start in changed)],
+            kept=kept,
             origin=Origin.of(shard.tensors) if as_written else None,
             header_bytes=shard.size - sum(tensor.nbytes for tensor in shard.tensors),
         )
@@ -139,19 +135,27 @@ def _other_problems(
     outputs = (tensor for shard in quantized.shards for tensor in shard.tensors)
     found = directory_check.quantization_problems(quantized.config)
     found += mismatches(outputs, quantized.config)
-    found += directory_check.index_problems(quantized)
     expected = {
         **original.config,
         "quantization_config": quantized.config.get("quantization_config"),
     }
-    found += recorded.recorded_problems(earlier, quantized, expected)
+    found += files_beside(talk, original, quantized, earlier, expected)
+    if not earlier and directory_check.lacks_tokenizer(original, quantized):
+        found.append("tokenizer.json: missing from the directory, and there is no other tokenizer in it")
+    return found
+
+
+def files_beside(
+    talk: Talk, original: Checkpoint, finished: Checkpoint, earlier: Manifest | None, config: dict
+) -> list[str]:
+    """What is wrong in index, config.json, which should be this, and copied files; one line each."""
+    found = directory_check.index_problems(finished)
+    found += recorded.recorded_problems(earlier, finished, config)
     names = {path.as_posix() for path in original.extra_files}
     copied = names & set(earlier.extra_files) if earlier else set()
-    found += directory_check.copied_file_problems(original.root, quantized.root, sorted(copied))
-    for line in directory_check.copied_file_problems(original.root, quantized.root, sorted(names - copied)):
+    found += directory_check.copied_file_problems(original.root, finished.root, sorted(copied))
+    for line in directory_check.copied_file_problems(original.root, finished.root, sorted(names - copied)):
         talk.warn(line)
-    if not earlier and directory_check.lacks_tokenizer(original, quantized):
-        found.append("tokenizer.json: missing from the FP8 directory, and there is no other tokenizer in it")
     return found
 
 

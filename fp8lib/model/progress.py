@@ -45,7 +45,7 @@ class Progress(AbstractContextManager):
         self._bar = tqdm(
             total=total,
             desc=label,
-            bar_format=_WIDE.format(unit=unit, rate=""),
+            bar_format=_WIDE.format(unit=unit, rate="? tokens/s"),
             disable=quiet or self._plain,
             file=sys.stderr,
             dynamic_ncols=True,

@@ -53,7 +53,7 @@ def copied_file_problems(original: Path, folder: Path, names: Iterable[str]) -> 
     found = []
     for name in names:
         if not (folder / name).is_file():
-            found.append(f"{printable(name)}: missing from the FP8 directory")
+            found.append(f"{printable(name)}: missing from the directory")
         elif not _same(original / name, folder / name):
             found.append(f"{printable(name)}: differs from the input's")
     return found

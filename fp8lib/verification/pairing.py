@@ -58,11 +58,6 @@ class Kept:
         """In the output."""
         return self.count * ITEM_SIZE[self.output.dtype]
 
-    @property
-    def span(self) -> range:
-        """Offsets of its bytes in the output's file."""
-        return range(self.output.start, self.output.start + self.nbytes)
-
 
 @dataclass(frozen=True, slots=True)
 class Pairing:

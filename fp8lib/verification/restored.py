@@ -25,6 +25,8 @@ from fp8lib.streaming.lanes import Files, Lane, ReadAhead
 from fp8lib.streaming.rewrite import Merge
 from fp8lib.streaming.shard_job import Task
 from fp8lib.streaming.units import row_ranges
+from fp8lib.verification.kept import KeptCheck
+from fp8lib.verification.pairing import Kept
 from fp8lib.verification.reading import AT_A_TIME, read_values
 
 _BF16_ROUNDING = 2.0**-8
@@ -42,6 +44,11 @@ class Restored:
     scale: Extent | None
     restored: Extent
 
+    @property
+    def nbytes(self) -> int:
+        """Of the weight as it is now."""
+        return self.rows * self.columns * ITEM_SIZE[self.restored.dtype]
+
 
 @dataclass(slots=True)
 class RestoredCheck:
@@ -51,21 +58,32 @@ class RestoredCheck:
         name: of the shard.
         weights: in it that were turned back or moved; every one is read.
         problems: one line each; what is known before, and what the check adds.
+        kept: tensors of it that were copied; every one is read.
+        header_bytes: length of the header, which was compared before.
+        looked_at: bytes of the shard that were compared.
     """
 
     name: str
     weights: Sequence[Restored]
     problems: list[str]
+    kept: Sequence[Kept] = ()
+    header_bytes: int = 0
     looked_at: int = 0
+    _kept_check: KeptCheck | None = None
 
     def tasks(self, files: Files, ahead: ReadAhead) -> Iterator[Task]:
         """Tasks that read and compare. What is not where it should be cannot be compared."""
-        if not self.problems:
-            yield from compare(self.weights, files, ahead, None, self.problems)
+        if self.problems:
+            return
+        self.looked_at = self.header_bytes + sum(each.nbytes for each in (*self.weights, *self.kept))
+        self._kept_check = KeptCheck(self.kept)
+        yield from compare(self.weights, files, ahead, None, self.problems)
+        yield from self._kept_check.tasks(files, ahead)
 
-    def found_problems(self, _: object) -> tuple[str, ...]:
+    def found_problems(self, _written: object) -> tuple[str, ...]:
         """All deviations, one line each."""
-        return tuple(self.problems)
+        kept = self._kept_check.problems() if self._kept_check else ()
+        return (*self.problems, *kept)
 
     def damage(self, _: object) -> list[str]:
         """None: whatever is wrong is a problem."""
@@ -127,7 +145,7 @@ def _read(
     if weight.scale is None:
         if merge is not None:
             merge(weight.name, source, first)
-        return [source, restored]
+        return [source.to(restored.dtype), restored]
     shape = blocks(rows), blocks(columns)
     return [source, restored, _rows(lane, files, "scales", weight.scale, shape, first // BLOCK)]
 

@@ -10,13 +10,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
 
 from fp8lib.checkpoint.headers import ITEM_SIZE
 from fp8lib.checkpoint.untrusted import printable
-from fp8lib.numerics.blocks import blocks
+from fp8lib.numerics.blocks import BLOCK, blocks
 from fp8lib.numerics.sums import sum_codes, sum_scales
 from fp8lib.streaming.lanes import Files, Lane, ReadAhead
 from fp8lib.streaming.rewrite import Merge, merge_batch
@@ -52,7 +53,7 @@ class ShardCheck:
         claim: what codes and scales should be.
         factors: of second moments, to judge matrices by their outputs; None for none.
         merge: what adapters make of the originals, or None.
-        merged: kept tensors that adapters change; a sample of them is compared, byte for byte.
+        merged: kept tensors that adapters change, to compare byte for byte.
         kept: tensors to compare with the input.
         origin: where the codes and scales of a shard in this tool's layout begin, to add them up; else None.
         header_bytes: length of the header, which was compared before.
@@ -99,11 +100,9 @@ class ShardCheck:
             read = ahead.submit(_read_rows, files, batch, self.merge)
             task = partial(_measure, batch=batch, read=read, claim=self.claim, origin=origin)
             yield task, partial(self._add, batch)
-        for pair in sampled:
-            yield from self._output_tasks(pair, files, ahead)
-        merged = sample(self.merged, self.samples, self.seed, self.name)
-        self.looked_at += sum(m.rows * m.columns * ITEM_SIZE[m.restored.dtype] for m in merged)
-        yield from compare(merged, files, ahead, self.merge, self.problems)
+        yield from self._output_tasks(sampled, files, ahead)
+        self.looked_at += sum(each.nbytes for each in self.merged)
+        yield from compare(self.merged, files, ahead, self.merge, self.problems)
 
     def _add(self, batch: list["_Rows"], found: tuple[list[Errors], int]) -> None:
         for (pair, _, _), errors in zip(batch, found[0], strict=True):
@@ -155,22 +154,30 @@ class ShardCheck:
         tensors = f"in {len({m.name for m in wrong})} tensors, such as {printable(wrong[0].name)}"
         return [f"{printable(self.name)}: {counts} are not what this tool gives, {tensors}"]
 
-    def _output_tasks(self, pair: Pair, files: Files, ahead: ReadAhead) -> Iterator[Task]:
-        """Tasks that measure a matrix by its outputs, if there are second moments for it."""
-        if self.factors is None or self.factors.entry(pair.name, pair.columns) is None:
+    def _output_tasks(self, pairs: list[Pair], files: Files, ahead: ReadAhead) -> Iterator[Task]:
+        """Tasks that measure by their outputs those matrices for which there are second moments."""
+        if self.factors is None:
             return
-        from fp8lib.verification.measure_outputs import PIECE, measure_outputs
+        from fp8lib.verification.measure_outputs import AT_A_TIME, PIECE, measure_outputs
 
-        pieces = self.outputs.setdefault(pair.name, [])
+        def entry(piece: _Rows) -> str | None:
+            return self.factors.entry(piece[0].name, piece[0].columns)
 
-        def measured(lane: Lane, batch: list["_Rows"], read: Future) -> "OutputSums":
-            (rows,) = _pieces(lane, batch, read)
-            return measure_outputs(*rows, self.factors(pair.name, pair.columns))
+        def measured(lane: Lane, batch: list[_Rows], read: Future) -> "list[OutputSums]":
+            pair = batch[0][0]
+            return measure_outputs(_pieces(lane, batch, read), self.factors(pair.name, pair.columns))
 
-        for span in row_ranges(pair.rows, pair.columns, PIECE):
-            batch = [(pair, *span)]
-            read = ahead.submit(_read_rows, files, batch, self.merge)
-            yield partial(measured, batch=batch, read=read), pieces.append
+        def add(batch: list[_Rows], found: "list[OutputSums]") -> None:
+            for (pair, _, _), sums in zip(batch, found, strict=True):
+                self.outputs.setdefault(pair.name, []).append(sums)
+
+        pieces = ((p, *span) for p in pairs for span in row_ranges(p.rows, p.columns, PIECE))
+        for key, alike in groupby(pieces, entry):
+            if key is None:
+                continue
+            for batch in _batches(alike, AT_A_TIME[ahead.device.type], whole_blocks=True):
+                read = ahead.submit(_read_rows, files, batch, self.merge)
+                yield partial(measured, batch=batch, read=read), partial(add, batch)
 
 
 def sample(pairs: Sequence[Pair], count: int | None, seed: int, shard: str) -> list[Pair]:
@@ -211,16 +218,22 @@ _Rows = tuple[Pair, int, int]
 """Rows of a pair: it, the first of them, a multiple of 128, and the one behind the last."""
 
 
-def _batches(pieces: Iterable[_Rows], weights: int) -> Iterator[list[_Rows]]:
-    """Put pieces together that follow each other in all three files, up to so many weights."""
+def _batches(pieces: Iterable[_Rows], weights: int, whole_blocks: bool = False) -> Iterator[list[_Rows]]:
+    """Put pieces together that follow each other in all three files, up to so many weights.
+
+    With `whole_blocks`, only the last of a batch may have rows that make up no whole block.
+    """
     batch: list[_Rows] = []
     held = 0
     for piece in pieces:
         pair, first, last = piece
         count = (last - first) * pair.columns
-        if batch and not (held + count <= weights and _ends(*batch[-1][::2]) == _ends(pair, first)):
-            yield batch
-            batch, held = [], 0
+        if batch:
+            _, start, end = batch[-1]
+            fits = held + count <= weights and not (whole_blocks and (end - start) % BLOCK)
+            if not (fits and _ends(*batch[-1][::2]) == _ends(pair, first)):
+                yield batch
+                batch, held = [], 0
         batch.append(piece)
         held += count
     if batch:
