@@ -15,8 +15,9 @@ from fp8lib import __version__
 from fp8lib.checkpoint.directory import Checkpoint
 from fp8lib.checkpoint.rules import module_of, without_prefix
 from fp8lib.outputs.figures import Comparison
+from fp8lib.verification.bands import BANDS, Band, Zone
 from fp8lib.verification.findings import Findings
-from fp8lib.verification.health import BANDS, Band, Measurement, Zone
+from fp8lib.verification.measurement import Measurement
 
 SCHEMA_VERSION = 1
 """Of `report_schema.json`. A new field does not change it; one that goes, or means something else, does."""
@@ -61,7 +62,7 @@ def make_document(
         reason: code of what the outputs changed the verdict for, None if they did not.
     """
     health = found.health
-    zones = {m.name: zone for zone, m in health.flagged} if health else {}
+    zones = {m.name: judged.zone for judged, m in health.flagged} if health else {}
     measurements = [_measurement(m, zones.get(m.name, Zone.GOOD)) for m in found.measurements]
     return _plain(
         {
@@ -145,8 +146,8 @@ def _reasons(found: Findings) -> list[dict]:
     if found.problems:
         reasons.append({"code": "structure", "zone": Zone.FAIL.name, "count": len(found.problems)})
     flagged = found.health.flagged
-    if outputs := [(zone, m) for zone, m in flagged if m.output is not None]:
-        worst = max(zone for zone, _ in outputs)
+    if outputs := [judged.zone for judged, m in flagged if m.output is not None]:
+        worst = max(outputs)
         reasons.append({"code": "output_error", "zone": worst.name, "count": len(outputs)})
     by_bands = [m for _, m in flagged if m.output is None]
     return reasons + [reason for band in BANDS if (reason := _reason_of_band(band, by_bands))]
