@@ -13,6 +13,10 @@ import forked
 import forked_ranks
 from forked import At
 from forked_ranks import Rank
+from fp8lib.checkpoint.directory import open_checkpoint
+from fp8lib.checkpoint.plan import make_plan
+from fp8lib.checkpoint.rules import Selection
+from fp8lib.job import trying
 from fp8lib.verification import trial
 from tiny_checkpoints import logits, mean_kl, tensors
 
@@ -21,8 +25,7 @@ LAYER = "model.language_model.layers"
 FAILING = {f"{LAYER}.3.self_attn.qkv_proj", f"{LAYER}.1.mlp.experts", f"{LAYER}.0.linear_attn.out_proj"}
 """Groups of what `source` spoils: a q_proj, one expert, and a module that only `official` quantizes."""
 OUTLIER = 1000.0
-"""E4M3 has 960 and 1024 and nothing between, times any power of two: the error of 24 FAILs, and the rest of
-its block becomes 0."""
+"""E4M3 has 960 and 1024 and nothing between, times any power of two: an error of 24, which FAILs."""
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +144,19 @@ def test_ranks_share_the_pass_and_write_the_same_bytes(source: Path, chosen: Pat
     assert tree(tmp_path / "out") == tree(chosen)
 
 
+def test_ranks_take_parts_of_shards_that_hold_every_matrix_once(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trying, "_SMALLEST_UNIT", 1)
+    plan = make_plan(open_checkpoint(source), Selection("auto"))
+    units = trying._units(plan, ranks=4)
+    assert [m for _, _, part in units for m in part] == list(plan.matrices)
+    assert len({label for label, _, _ in units}) == len(units) > 3 * len(plan.shards)
+    # 4 ranks x 20, and a unit ends with a whole matrix, of which none is larger than the largest.
+    total, largest = (f(m.rows * m.columns for m in plan.matrices) for f in (sum, max))
+    assert max(sum(m.rows * m.columns for m in part) for _, _, part in units) <= total / 80 + largest
+
+
 def test_a_rank_with_another_set_is_refused_before_the_pass(source: Path, tmp_path: Path) -> None:
     ended = forked_ranks.run(
         [Rank(), Rank(("--calib_mode", "mse"))], "--input_dir", source, "--output_dir", tmp_path / "out",
@@ -183,6 +199,24 @@ def test_a_manifest_without_the_decision_is_not_continued(
     assert refused.rc == 2
     assert "begun with kept_groups" in refused.err
     assert tried == []
+
+
+def test_what_adapters_make_of_weights_is_tried(checkpoint: Callable, tmp_path: Path, cli: Callable) -> None:
+    source, name = checkpoint("text", mtp=False, num_hidden_layers=1), "model.layers.0.mlp.down_proj"
+    a, b = torch.zeros(1, 512), torch.zeros(256, 1)
+    a[0, 3], b[5, 0] = OUTLIER, 1.0  # together they add it to one weight
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    factors = {f"base_model.model.{name}.lora_{x}.weight": t for x, t in (("A", a), ("B", b))}
+    save_file(factors, adapter / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["down_proj"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    for flags, kept in (((), set()), (("--lora_dir", adapter), {name})):
+        output = tmp_path / f"out{len(flags)}"
+        result = cli("--input_dir", source, "--output_dir", output, "--keep_failing", *flags)
+        assert result.rc == 0, result.err
+        assert kept_groups(output).keys() == kept
+    assert tensors(output)[f"{name}.weight"][5, 3] == OUTLIER, "merged, and kept in BF16"
 
 
 def test_a_dry_run_reads_headers_alone_and_says_what_a_run_would_read(

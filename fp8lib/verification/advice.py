@@ -132,7 +132,7 @@ class Tried:
 
 
 def alternatives(used: Calibration | None, given: Calibration) -> list[Alternative]:
-    """What to try, the same scale format first. None of them clips.
+    """What to try: the same scale format first, then the same mode. None of them clips.
 
     Args:
         used: how the scales were chosen; None if nobody knows.
@@ -140,7 +140,7 @@ def alternatives(used: Calibration | None, given: Calibration) -> list[Alternati
     """
     found = []
     for scale_format in sorted(SCALE_FORMATS, key=lambda each: each != given.scale_format):
-        for mode in ("mse", "rms", "max"):
+        for mode in sorted(("mse", "rms", "max"), key=lambda each: used is None or each != used.mode):
             new = replace(given, mode=mode, scale_format=scale_format, rms_saturate=False)
             if mode == given.mode:
                 new = replace(new, rms_factor=3.0, mse_grid_size=PHASES)
@@ -193,7 +193,7 @@ class Trials:
         left = [
             t
             for t in self.tried
-            if judge_tensor(t.now, self.bands).reason is not Reason.LARGE_WEIGHTS
+            if judge_tensor(t.now, self.bands).reason in (Reason.OUT_OF_BAND, Reason.OUTPUTS)
             and all(self._step(t, number) <= 0 for number in best)
         ]
         return found + self._keep(left, quantized)
