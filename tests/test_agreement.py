@@ -53,8 +53,8 @@ RESULTS = {
 }
 """Flags that decide what the manifest holds beside, which a rank reports and a later run can redo."""
 OF_A_PROCESS = {"device", "workers", "debug", "quiet", "help", "version"}
-OF_RANK_0 = {"overwrite", "output_dir", "report"}
-"""Only rank 0 looks into the output directory and writes reports; that it is the same one, the lock tells."""
+OF_RANK_0 = {"overwrite", "output_dir", "report", "band", "strict"}
+"""Only rank 0 looks into the output directory, judges and reports; the lock tells that it is the same one."""
 OTHER_WORK = {"dry_run", "verify_only"}
 COMPARING = {
     "compare_outputs", "against", "activations", "served", "logits_out",

@@ -54,7 +54,7 @@ def verify_only(flags: Namespace, talk: Talk, ranks: Ranks) -> tuple[Zone, Findi
     listed, unreadable = recorded.listed_digests(flags.output_dir)
     known = earlier if earlier and claims.applies(earlier, original, adapters) else None
     claim = claims.of_manifest(flags, settings, moments, known, (p for each in pairings for p in each.pairs))
-    work = _work(flags, settings, claim, pairings, earlier, listed, original, adapters)
+    work = _work(flags, settings, claim, pairings, earlier, listed, adapters)
     if not ranks.is_main:
         work_for_main(flags, ranks, settings, work)
         return agree_on(ranks, None)

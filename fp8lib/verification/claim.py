@@ -34,6 +34,10 @@ class Claim:
     scales: "Callable[[str, torch.Tensor], torch.Tensor] | None" = None
 
 
+NOTHING = Claim(powers_of_two=False)
+"""Nothing is known: any scale may be, and any code."""
+
+
 def are_powers_of_two(pairs: "Iterable[Pair]") -> bool:
     """Whether all scales of some FP8 weights are, by their bits; reads them until one is not.
 

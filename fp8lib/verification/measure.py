@@ -100,7 +100,7 @@ def measure(
 
 
 def measure_all(
-    pieces: Sequence[Piece], powers_of_two: bool, chosen_again: Sequence[torch.Tensor | None] = ()
+    pieces: Sequence[Piece], powers_of_two: bool = False, chosen_again: Sequence[torch.Tensor | None] = ()
 ) -> list[Errors]:
     """What `measure` says of each of several pieces.
 

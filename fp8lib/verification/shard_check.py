@@ -24,7 +24,7 @@ from fp8lib.streaming.rewrite import Merge, merge_batch
 from fp8lib.streaming.shard_job import Task
 from fp8lib.streaming.sums import Origin, Sums
 from fp8lib.streaming.units import row_ranges
-from fp8lib.verification.claim import Claim
+from fp8lib.verification.claim import NOTHING, Claim
 from fp8lib.verification.kept import KeptCheck
 from fp8lib.verification.measure import Errors, combine, measure_all
 from fp8lib.verification.measurement import Measurement
@@ -68,7 +68,7 @@ class ShardCheck:
     problems: list[str]
     samples: int | None
     seed: int
-    claim: Claim
+    claim: Claim = NOTHING
     factors: "Factors | None" = None
     merge: Merge | None = None
     merged: Sequence[Restored] = ()
