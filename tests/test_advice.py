@@ -28,7 +28,7 @@ KINDS = {
     "another mode": (
         0.4,
         BF16,
-        "--calib_mode mse: max abs err 0.0156 -> 0.00428, WARN -> GOOD (1 tensor)",
+        "--calib_mode mse: max abs err 0.0156 -> 0.00525, WARN -> GOOD (1 tensor)",
     ),
     "another scale format": (
         0.3,
@@ -38,7 +38,7 @@ KINDS = {
     ),
     "no clipping": (None, CLIPPING, "without --rms_saturate: cosine "),
     "keeping": (
-        1000.0,
+        1e5,  # all others of its block become 0, whatever the scale
         (),
         # 256 x 512 weights, of which each takes a byte more; 2 x 4 scales of 2 bytes are saved: 131,056.
         f"--keep_bf16 {SPOILED}: 1 tensor that no setting helps; 131kB more; --keep_failing finds and keeps "
@@ -58,11 +58,9 @@ def source(checkpoint: Callable, once: Callable) -> Callable[[float | None], Pat
                 (folder / file.name).write_bytes(file.read_bytes())
             state = load_file(healthy / "model.safetensors")
             # Weights of this test's own, so that the figures above hold whatever the builder draws.
-            shape = state[f"{SPOILED}.weight"].shape
-            state[f"{SPOILED}.weight"] = (
-                torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02
-            ).bfloat16()
-            state[f"{SPOILED}.weight"][0, 0] = size
+            weights = 0.02 * torch.randn(256, 512, generator=torch.Generator().manual_seed(0))
+            weights[0, 0] = size
+            state[f"{SPOILED}.weight"] = weights.bfloat16()
             save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
         return once("one large weight", size, spoil) if size else healthy
@@ -96,7 +94,7 @@ def test_following_a_recommendation_gives_what_it_promised(
     assert "other settings on" in first.err
     second = cli(*arguments, "--output_dir", tmp_path / "second", *follow(flags, text))
     assert second.rc == 0, second.err
-    assert "⚠ 0 WARN  ✘ 0 FAIL" in second.out
+    assert re.search(r" 0 WARN .* 0 FAIL\)", second.out)
     assert recommended(second.out) == []
     # The figure it promised is the one that the second run measured.
     by_name = {m["name"]: m for m in measurements(tmp_path / "second")}
@@ -188,10 +186,9 @@ def trials(*tried: Tried, others: tuple[Tried, ...] = (), **changes: object) -> 
 
 
 def then(now: object, **by_flags: object) -> Tried:
-    """What each alternative makes of a weight: what is given for its mode in bf16, or nothing else."""
-    return Tried(now, tuple(
-        by_flags.get(o.calibration.mode, now) if o.calibration.scale_format == "bf16" else now for o in OPTIONS
-    ))  # fmt: skip
+    """A weight and what each mode makes of it with BF16 scales: what is given, or no change."""
+    modes = [o.calibration.mode if o.calibration.scale_format == "bf16" else "" for o in OPTIONS]
+    return Tried(now, tuple(by_flags.get(mode, now) for mode in modes))
 
 
 def test_alternatives_are_all_that_do_not_clip_and_never_what_was_used() -> None:
