@@ -55,8 +55,9 @@ def quantize(flags: Namespace, talk: Talk, ranks: Ranks) -> tuple[Zone, Findings
     """
     begun = time.monotonic()
     # Rank 0 refuses for all: the others say and do nothing before it has agreed.
-    if flags.selection.by_trial:
-        flags.selection = _selection_by_trial(flags, talk, ranks)
+    offer = None if ranks.is_main else ranks.wait_for_first("candidates", "todo")
+    if flags.selection.by_trial or (offer and offer[0] == "candidates"):
+        flags.selection = _selection_by_trial(flags, talk, ranks, offer and offer[1])
     todo = None if ranks.is_main else Todo(**ranks.wait_for("todo"))
     plan, statistics, covered = plan_for(flags, talk)
     moments = rounding.moments_for(flags, plan, talk)
@@ -121,36 +122,40 @@ def _manifest(plan: Plan, decisive: dict) -> Manifest:
     )
 
 
-def _selection_by_trial(flags: Namespace, talk: Talk, ranks: Ranks) -> Selection:
+def _selection_by_trial(flags: Namespace, talk: Talk, ranks: Ranks, said: dict | None) -> Selection:
     """What was asked for, less the groups that would FAIL: data in the plan from here on.
 
     Where this run continues an earlier one, they are the earlier one's. Otherwise all ranks try the
     candidates.
 
+    Args:
+        flags: of the run.
+        talk: how to speak to the user.
+        ranks: all of them.
+        said: by rank 0, which may have no such pass; None on rank 0.
+
     Raises:
         Fp8Error: what flags, headers and the output directory can refuse; what `failing_groups` refuses.
     """
-    offer = None if ranks.is_main else ranks.wait_for("candidates")
     quiet = Talk(talk.printer, lambda text: None)  # it is all said again when the plan is known
     plan, statistics, _ = plan_for(flags, quiet)
     moments = rounding.moments_for(flags, plan, quiet)
     settings = settings_for(flags, statistics, ranks, moments, plan.adapters)
     decisive = _settings(flags, plan, statistics, moments)
     terms = _terms(flags, plan, decisive)
-    if offer is None:
+    if said is not None:
+        _require_same(flags, terms, said["terms"], ranks)
+        known = said["kept"]
+    else:
         known = None if flags.overwrite else _kept_before(flags.output_dir)
         mine = _manifest(plan, decisive if known is None else {**decisive, "kept_groups": known})
         state = output_dir.inspect(flags.output_dir, plan, mine, flags.overwrite)
         if known is None:
             output_dir.check_space(flags.output_dir, plan, state, 0)
-        offer = {"terms": terms, "kept": known}
-        ranks.publish("candidates", offer)
-    else:
-        _require_same(flags, terms, offer["terms"], ranks)
-    kept = offer["kept"]
-    if kept is None:
-        kept = trying.failing_groups(flags, talk, ranks, settings, plan)
-    return replace(flags.selection, kept_groups=tuple(kept.items()))
+        ranks.publish("candidates", {"terms": terms, "kept": known})
+    if known is None:
+        known = trying.failing_groups(flags, talk, ranks, settings, plan)
+    return replace(flags.selection, kept_groups=tuple(known.items()))
 
 
 def _kept_before(folder: Path) -> dict[str, str] | None:

@@ -156,9 +156,19 @@ class Ranks:
         Raises:
             Fp8Error: some rank failed meanwhile.
         """
-        while not self._store.check([key]):
+        return self.wait_for_first(key)[1]
+
+    def wait_for_first(self, *keys: str) -> tuple[str, object]:
+        """The first of several values that is there, the first of these keys if several are, and its key.
+
+        Raises:
+            Fp8Error: some rank failed meanwhile.
+        """
+        while True:
+            for key in keys:
+                if self._store.check([key]):
+                    return key, json.loads(self._store.get(key))
             self._wait()
-        return json.loads(self._store.get(key))
 
     def send(self, key: str, data: bytes) -> None:
         """Leave bytes for rank 0, which takes them out of the store; before that nothing else is sent.

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +21,7 @@ from fp8lib.streaming.lanes import DTYPES, Files, Lane, ReadAhead, Way
 from fp8lib.streaming.rewrite import Merge, merge_batch
 from fp8lib.streaming.shard_job import Task
 from fp8lib.streaming.units import Rows, batches, input_start, row_ranges
-from fp8lib.verification.measure import Errors, combine, measure_all
+from fp8lib.verification.measure import Errors, Piece, combine, measure_all
 from fp8lib.verification.measurement import Measurement
 from fp8lib.verification.reading import AT_A_TIME, PIECE
 
@@ -79,22 +80,30 @@ class Trial:
     def tasks(self, files: Files, ahead: ReadAhead) -> Iterator[Task]:
         """Tasks that read, quantize and measure."""
         pieces = [(m, *span) for m in self.matrices for span in row_ranges(m.rows, m.columns, self._piece(m))]
-        for batch in batches(pieces, AT_A_TIME[ahead.device.type]):
+        for batch in batches(pieces, self._at_a_time(ahead.device.type)):
             read = ahead.submit(self._read, files, batch)
             yield partial(self._try, batch=batch, read=read), partial(self._add, batch)
 
     def _piece(self, matrix: Matrix) -> int:
         """Weights of a matrix at a time."""
-        if not any(self._by_outputs(method, matrix) for method in self.methods):
+        if all(self._entry(method, matrix) is None for method in self.methods):
             return PIECE
         from fp8lib.verification import measure_outputs
 
         return measure_outputs.PIECE
 
+    def _at_a_time(self, device: str) -> int:
+        """Weights that are read and quantized together."""
+        if all(method.factors is None for method in self.methods):
+            return AT_A_TIME[device]
+        from fp8lib.verification import measure_outputs
+
+        return max(AT_A_TIME[device], measure_outputs.AT_A_TIME[device])
+
     @staticmethod
-    def _by_outputs(method: Method, matrix: Matrix) -> bool:
-        factors = method.factors
-        return factors is not None and factors.entry(matrix.weight.name, matrix.columns) is not None
+    def _entry(method: Method, matrix: Matrix) -> str | None:
+        """The second moments that a method rounds a matrix with, which is judged by its outputs then."""
+        return method.factors and method.factors.entry(matrix.weight.name, matrix.columns)
 
     def _read(self, lane: Lane, files: Files, batch: list[Rows]) -> torch.Tensor:
         """Weights of a batch, merged, in host memory."""
@@ -114,16 +123,22 @@ class Trial:
     def _try_one(self, method: Method, batch: list[Rows], weights: torch.Tensor) -> "list[_Sums]":
         pieces = list(_cut(batch, weights, *convert_batch(method.convert, batch, weights)))
         sound = torch.stack([scales.isfinite().all() for _, _, scales in pieces]).tolist()
-        found = []
-        measured = measure_all(pieces, method.powers_of_two)
-        for (matrix, _, _), errors, is_sound, piece in zip(batch, measured, sound, pieces, strict=True):
-            output = None
-            if is_sound and self._by_outputs(method, matrix):
-                from fp8lib.verification.measure_outputs import measure_outputs
+        outputs: list[OutputSums | None] = [None] * len(pieces)
+        if all(sound):
+            for key, alike in groupby(range(len(pieces)), lambda i: self._entry(method, batch[i][0])):
+                if key is not None:
+                    numbers = list(alike)
+                    found = self._outputs(method, batch[numbers[0]][0], [pieces[i] for i in numbers])
+                    outputs[numbers[0] : numbers[-1] + 1] = found
+        errors = measure_all(pieces, method.powers_of_two)
+        return [_Sums(*each) for each in zip(errors, outputs, sound, strict=True)]
 
-                output = measure_outputs(*piece, method.factors(matrix.weight.name, matrix.columns))
-            found.append(_Sums(errors, output, is_sound))
-        return found
+    @staticmethod
+    def _outputs(method: Method, matrix: Matrix, pieces: list[Piece]) -> "list[OutputSums]":
+        """What pieces of matrices of one input change in outputs."""
+        from fp8lib.verification.measure_outputs import measure_outputs
+
+        return measure_outputs(pieces, method.factors(matrix.weight.name, matrix.columns))
 
     def _add(self, batch: list[Rows], found: "list[list[_Sums]]") -> None:
         for number, (matrix, first, last) in enumerate(batch):
