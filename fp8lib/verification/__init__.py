@@ -10,7 +10,9 @@ directory_check  what is not in the tensors: quantization_config, the index, cop
 reading          rows read back from the disk
 restored         weights that were turned back or merged, compared with where they came from
 restored_pairing, restored_report   their pairs by name, their summary
-health           bands, verdict, recommendations
+health           verdict and statement; bands has the zones
+trial            weights quantized in memory, measured as files are
+advice           what was tried: what would FAIL, what helps, in words
 findings         all of this about one directory: what summary, reports and advice read
 loading          what engines need to load it
 report           the summary
