@@ -7,6 +7,7 @@ tests/test_kernel_counts.py holds it below bounds.
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -62,7 +63,9 @@ def count_others(matrices: int, rows: int, columns: int) -> list[dict[str, objec
     found = {"second order": _conversion(SecondOrder(Calibration(), factors, _importance), *size)}
     for scale_format in SCALE_FORMATS:
         calibration = Calibration("max", scale_format=scale_format)
-        found[f"measured, {scale_format}"] = _measurement(calibration, measure_all, *size)
+        found[f"measured, {scale_format}"] = _measurement(
+            calibration, partial(measure_all, powers_of_two=calibration.powers_of_two), *size
+        )
     found["output errors measured"] = _measurement(
         Calibration(), lambda pieces: measure_outputs(pieces, factors("weight", columns)), *size
     )

@@ -8,6 +8,7 @@ signals on, prints what the rank has printed, and ends with its exit code, or by
 TEMPLATE is a file that `forked.template` wrote.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -27,7 +28,7 @@ def main() -> None:
         pipe.write(f"{folder}\n")
     pid = int(when_there(f"{folder}/pid"))
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda number, _: os.kill(pid, number))
+        signal.signal(number, lambda number, _: send(pid, number))
     rc = json.loads(when_there(f"{folder}/result"))["rc"]
     for name, descriptor in (("out", 1), ("err", 2)):
         with open(f"{folder}/{name}", "rb") as file:
@@ -36,6 +37,11 @@ def main() -> None:
         signal.signal(-rc, signal.SIG_DFL) if -rc != signal.SIGKILL else None
         os.kill(os.getpid(), -rc)
     sys.exit(rc)
+
+
+def send(pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+        os.kill(pid, number)
 
 
 def when_there(path: str) -> str:

@@ -113,12 +113,13 @@ class Pretended(torch.Tensor):
 class _Memory:
     """What views of one tensor share: who has written it last, and when."""
 
-    def __init__(self, cuda: "PretendedCuda", device: torch.device, nbytes: int) -> None:
-        self.cuda, self.device, self.nbytes = cuda, device, nbytes
+    def __init__(self, cuda: "PretendedCuda", device: torch.device, storage: torch.UntypedStorage) -> None:
+        self.cuda, self.device, self.nbytes = cuda, device, storage.nbytes()
+        self.storage = storage  # held, or another thread's tensor might get its address, and be taken for it
         self.stream: Stream | None = None
         self.syncs = 0
         self.home, self.used, self.recorded = cuda.stream(), {}, set()
-        cuda.in_use(nbytes)
+        cuda.in_use(self.nbytes)
 
     def __del__(self) -> None:
         self.cuda.in_use(-self.nbytes)
@@ -292,7 +293,9 @@ class PretendedCuda:
             if tensor.device != device and not (tensor.dim() == 0 and tensor.device.type == "cpu"):
                 raise RuntimeError(f"{func}: tensors on {tensor.device} and {device}")
         if func.is_view:
-            return self._results(func(*_inner(args), **_inner(kwargs)), mine, device)
+            # Not looked up: what is viewed may be a table that was made under an earlier pretence.
+            memory, found = mine[0].memory, func(*_inner(args), **_inner(kwargs))
+            return _map(lambda t: Pretended(t, memory) if isinstance(t, torch.Tensor) else t, found)
         for tensor in mine:
             self._refuse_race(tensor, func)
             tensor.memory.used[self.stream()] = self.stream().syncs
@@ -383,7 +386,7 @@ class PretendedCuda:
         with self._lock:
             memory = self._memory.get(storage._cdata)
             if memory is None:
-                memory = self._memory[storage._cdata] = _Memory(self, device, storage.nbytes())
+                memory = self._memory[storage._cdata] = _Memory(self, device, storage)
         return Pretended(inner, memory)
 
     def _results(self, found: object, mine: list[Pretended], device: torch.device) -> object:

@@ -226,7 +226,7 @@ def test_progress_in_a_log_is_plain_lines(checkpoint, prompts, tmp_path):
     assert done.returncode == 0
     assert "\r" not in done.stderr
     assert "\033" not in done.stdout + done.stderr
-    assert "16/16, " in done.stderr
+    assert "16/16 prompts x layers, " in done.stderr
     assert "tokens/s" in done.stderr
 
 

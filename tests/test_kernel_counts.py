@@ -63,10 +63,13 @@ def test_second_order_rounding_takes_a_dozen_launches_a_column_however_many_matr
             assert found[kernel]["waits"] <= 2, found[kernel]  # the order of channels, and the results
 
 
-def test_measuring_waits_twice_however_many_pieces() -> None:
+def test_measuring_waits_twice_unless_scales_are_searched() -> None:
     for matrices in (1, 5):
         for row in count_others(matrices, 128, 128):
             if row["kernel"].startswith("measured"):
-                assert row["waits"] == 2, row
-                assert row["launches"] <= 97 * matrices, row  # sums of each by itself, as on a CPU
+                # Sums of each piece by itself, as on a CPU. Where scales are no powers of two the best of all
+                # is searched, as `mse` does, with its three waits.
+                searched = row["kernel"].endswith("bf16")
+                assert row["waits"] <= 2 + 3 * matrices * searched, row
+                assert row["launches"] <= (300 if searched else 160) * matrices, row
                 assert row["up, bytes/weight"] <= 3 + 2 / 128**2, row

@@ -20,6 +20,7 @@ from fp8lib.streaming.lanes import Lane, ReadAhead
 from fp8lib.streaming.scheduler import _IN_FLIGHT
 from fp8lib.streaming.shard_job import Settings, ShardJob
 from fp8lib.streaming.units import divide
+from fp8lib.verification.claim import Claim
 from fp8lib.verification.pairing import planned_pairs
 from fp8lib.verification.shard_check import ShardCheck
 from late_lane import HastyPool, LateCuda, LateReadError, SlowPool, drive, wait_for
@@ -156,7 +157,7 @@ def test_a_check_measures_the_same_as_long_as_buffers_suffice(
     found = []
     monkeypatch.setattr("fp8lib.verification.shard_check.AT_A_TIME", {"cpu": PIECE, "cuda": PIECE})
     for cuda in (False, True):
-        check = ShardCheck(plan.name, planned_pairs(plan, path), [], samples=None, seed=0)
+        check = ShardCheck(plan.name, planned_pairs(plan, path), [], samples=None, seed=0, claim=Claim(True))
         with LateCuda():
             device = torch.device("cuda:0" if cuda else "cpu")
             lane, ahead = Lane(device), ReadAhead(device, 1, turns if cuda else 1000)

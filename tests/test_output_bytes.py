@@ -89,7 +89,7 @@ def test_every_tensor_of_the_output_is_what_it_should_be(
     source: Path, workers: int, tmp_path: Path, cli: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shard_job, "CPU_PIECE", 1)  # a row of blocks
-    monkeypatch.setattr(units, "_COPY_PIECE", 1000)
+    monkeypatch.setattr(units, "COPY_PIECE", 1000)
     flags = ("--calib_mode", "max", "--skip_verify", "--workers", workers)
     result = cli("--input_dir", source, "--output_dir", tmp_path / "out", *flags)
     assert result.rc == 0, result.err

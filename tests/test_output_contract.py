@@ -26,6 +26,7 @@ from fp8lib.streaming.convert import Nearest
 from fp8lib.streaming.pipeline import process
 from fp8lib.streaming.shard_job import Settings
 from fp8lib.streaming.units import divide
+from fp8lib.verification.claim import Claim
 from fp8lib.verification.pairing import planned_pairs
 from fp8lib.verification.shard_check import ShardCheck
 from safetensors_by_hand import read_header
@@ -617,7 +618,14 @@ def test_the_size_of_a_piece_changes_no_byte_and_no_measurement(
     statistics = Statistics(statistics_file(tmp_path, source))
 
     def check(shard: ShardPlan, path: Path) -> ShardCheck:
-        return ShardCheck(shard.name, planned_pairs(shard, path), [], samples=None, seed=0)
+        return ShardCheck(
+            shard.name,
+            planned_pairs(shard, path),
+            [],
+            samples=None,
+            seed=0,
+            claim=Claim(calibration.powers_of_two),
+        )
 
     found = []
     for piece in (0, 1, 256 * 1024 + 1, 2**40):  # default, one row of blocks, two of them, all at once

@@ -21,6 +21,7 @@ from forked_ranks import Rank
 from fp8lib.calibration.second_moments_file import MOMENTS, SecondMoments, inputs_of, pack
 from fp8lib.calibration.second_moments_writer import SecondMomentsWriter, expert_input
 from fp8lib.checkpoint.directory import open_checkpoint
+from fp8lib.checkpoint.headers import read_shard
 from fp8lib.checkpoint.plan import Plan, make_plan
 from fp8lib.numerics.e4m3 import quantize
 from fp8lib.numerics.modes import Calibration
@@ -254,6 +255,24 @@ def test_codes_that_rounding_does_not_give_are_found(
     else:
         assert result.rc == 1
         assert "more than rounding to nearest would" in " ".join(result.out.split())
+
+
+def test_one_wrong_code_is_found_by_the_manifest_without_second_moments(
+    cli, source, rounded, tmp_path
+) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    for name, data in tree(rounded).items():
+        (output / name).write_bytes(data)
+    shard = read_shard(sorted(output.glob("*.safetensors"))[0])
+    code = next(t.start for t in shard.tensors if t.dtype == "F8_E4M3")
+    data = bytearray(shard.path.read_bytes())
+    data[code + 5] ^= 1
+    shard.path.write_bytes(data)
+    flags = ("--input_dir", source, "--output_dir", output, "--verify_only", "--verify_samples", "all")
+    result = cli(*flags)
+    assert result.rc == 1
+    assert f"{shard.name}: its FP8 weights are not those that were written" in " ".join(result.out.split())
 
 
 def test_output_errors_add_up_to_a_line() -> None:

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from fp8lib.verification.pairing import Pair
 
 
-def of_run(flags: Namespace, settings) -> Claim:
-    """Of the run itself, which has chosen the scales by `streaming.shard_job.Settings`."""
-    return Claim(flags.calibration.powers_of_two, nearest=True, scales=settings.convert.scales)
+def of_run(flags: Namespace) -> Claim:
+    """Of the run itself. Its scales are not chosen again: they have checksums from when they were chosen."""
+    return Claim(flags.calibration.powers_of_two, nearest=True)
 
 
 def applies(earlier: Manifest, original: Checkpoint, adapters: Adapters | None) -> bool:

@@ -14,7 +14,7 @@ from fp8lib.verification.health import Zone
 from fp8lib.verification.loading import GPU_BYTES, serving_commands
 
 
-def print_ending(folder: Path, plan: Plan, found: Findings, verdict: Zone, seconds: float) -> None:
+def print_ending(folder: Path, plan: Plan, found: Findings, seconds: float) -> None:
     """Print to stderr: times and paths differ between runs that say the same on stdout.
 
     Nothing of a directory that is no model, and no commands for one that FAILed.
@@ -23,7 +23,6 @@ def print_ending(folder: Path, plan: Plan, found: Findings, verdict: Zone, secon
         folder: the output directory.
         plan: what is in it.
         found: what verification says of it.
-        verdict: the same in a word.
         seconds: that the run took.
     """
     if found.problems:
@@ -33,7 +32,8 @@ def print_ending(folder: Path, plan: Plan, found: Findings, verdict: Zone, secon
     lines = [f"{printable(folder)}: {sizes} in {_duration(seconds)}"]
     columns = shutil.get_terminal_size().columns if sys.stderr.isatty() else math.inf
     commands = serving_commands(found.loading, shlex.quote(printable(folder)))
-    if commands and verdict is not Zone.FAIL:
+    failed = found.health is not None and found.health.verdict is Zone.FAIL
+    if commands and not failed:
         lines += [
             f"To serve it on GPUs of {size(GPU_BYTES).replace('.0', '')}:",
             *(_fitted(f"  {command}", columns) for command in commands),

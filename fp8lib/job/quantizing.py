@@ -100,10 +100,9 @@ def quantize(flags: Namespace, talk: Talk, ranks: Ranks) -> tuple[Zone, Findings
     sources = partial(_sources, plan)
     advise = partial(trying.measured_advice, flags, talk, settings, sources, flags.calibration)
     found = summarize(flags, talk, _findings(flags, plan, ordered, covered, moments), advise)
-    verdict, _ = agree_on(ranks, found)
     if todo.quantize and not flags.quiet:
-        print_ending(flags.output_dir, plan, found, verdict, time.monotonic() - begun)
-    return verdict, found
+        print_ending(flags.output_dir, plan, found, time.monotonic() - begun)
+    return agree_on(ranks, found)
 
 
 def _sources(plan: Plan) -> Iterator[trying.Source]:

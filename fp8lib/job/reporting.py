@@ -31,7 +31,7 @@ SUFFIXES = (".json", ".html")
 PAGE_NEEDS = ("matplotlib", "jinja2")
 """Modules that a page needs and nothing else does."""
 _LIBRARIES = ("torch", "safetensors", "numpy")
-_NOT_FLAGS = ("notes", "calibration", "selection")
+_NOT_FLAGS = ("notes", "calibration", "selection", "bands")
 """What parsing adds to the flags."""
 _BEGINNING = 4096
 
@@ -51,7 +51,7 @@ def check(flags: Namespace) -> None:
             raise Fp8Error(f"{shown}: is a directory; name a file in it")
         if not path.parent.is_dir():
             raise Fp8Error(f"{printable(path.parent)}: no such directory; make it first, or check --report")
-        for folder in filter(None, (flags.input_dir, flags.output_dir, flags.against)):
+        for folder in filter(None, (flags.input_dir, flags.output_dir, flags.against, *flags.lora_dir)):
             if path.resolve().is_relative_to(folder.resolve()):
                 raise Fp8Error(
                     f"{shown}: in a model's directory, where engines read what lies there and checksums "
@@ -105,15 +105,15 @@ def write(flags: Namespace, found: Findings, verdict: Zone, compared: "Compariso
         write_file(path, text.encode("utf-8", "backslashreplace"))
 
 
-def _reason_of(compared: "Comparison | None") -> str | None:
-    """The code of what outputs change the verdict for, if they do."""
+def _reason_of(compared: "Comparison | None") -> tuple[str, str] | None:
+    """Code and sentence of what the outputs are not GOOD for, if they are not."""
     if compared is None:
         return None
     from fp8lib.job.comparing import judge
+    from fp8lib.reports.document import NOT_FINITE, PERPLEXITY
 
-    if judge(compared)[0] is Zone.GOOD:
-        return None
-    return "not_finite" if compared.candidates[0].not_finite else "perplexity"
+    zone, why = judge(compared)
+    return None if zone is Zone.GOOD else (NOT_FINITE if zone is Zone.FAIL else PERPLEXITY, why)
 
 
 def _value(value: object) -> object:

@@ -230,7 +230,7 @@ def planned_check(flags: Namespace, settings) -> Callable | None:
     from fp8lib.verification.restored import RestoredCheck, planned_restored
     from fp8lib.verification.shard_check import sample
 
-    claim = None if flags.dequantize else claims.of_run(flags, settings)
+    claim = None if flags.dequantize else claims.of_run(flags)
 
     def check(plan: ShardPlan, path: Path):
         problems, rewritten = structural_problems(plan, path), planned_restored(plan, path)

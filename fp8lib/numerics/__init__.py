@@ -7,6 +7,8 @@ scales        blocks of weights in, one scale per block out
 mse           the search for the least squared error among all BF16 scales
 powers        the same among powers of two
 second_order  rounding with the second moments of the inputs in mind
+best          what the best scales lose, and which codes are not the nearest
+magnitudes    counts of equal weights, which sums of errors are taken over
 served        what engines make of codes and scales that they requantize
 lora          adapters added to rows of a weight
 sums          checksums of codes and scales that add up

@@ -27,12 +27,6 @@ _CPU_GROUP = 2**15 // BINS
 """Blocks that are counted at a time on a CPU: as many as a 16-bit index tells apart."""
 
 
-@table
-def _offsets(count: int, group: int) -> torch.Tensor:
-    """Where each of `count` blocks' bins begin among those of its group, int32 [count, 1, 1]."""
-    return (torch.arange(count, dtype=torch.int32) % group * BINS).view(-1, 1, 1)
-
-
 def histogram(weights: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """How often each magnitude is in each block.
 
@@ -49,9 +43,8 @@ def histogram(weights: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor
     first = (power - (_OCTAVES_BELOW << 7)).clamp_(1, 0x7F80 - _COUNTED).view(-1, 1)
     on_cpu = device.type == "cpu"
     group = min(_CPU_GROUP if on_cpu else count, count)
-    size = 1 << (count - 1).bit_length()  # so that few tables do for all shapes
     base = (first.view(-1, 1, 1) - 1).to(torch.int16 if on_cpu else torch.int32)
-    offsets = _offsets(size, group, device)[:count].to(base.dtype)
+    offsets = (torch.arange(count, dtype=base.dtype, device=device) % group * BINS).view(-1, 1, 1)
     index = torch.empty(row_blocks, column_blocks, BLOCK, BLOCK, dtype=base.dtype, device=device)
     split = magnitude_bits(weights).view(row_blocks, BLOCK, column_blocks, BLOCK).transpose(1, 2)
     torch.maximum(split, base.view(row_blocks, column_blocks, 1, 1), out=index)
@@ -104,6 +97,12 @@ def _unit() -> torch.Tensor:
     return torch.stack(found, dim=-1).view(-1, SHARE, len(found))
 
 
+@table
+def _unit_errors() -> torch.Tensor:
+    """|v - r| of the bins of a block whose scale is 1, float32 [1, BINS - 1]."""
+    return _unit(torch.device("cpu"))[..., ABSOLUTE].reshape(1, -1).float()
+
+
 def sums_under_powers(counts: torch.Tensor, powers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums of `terms` over the weights of blocks under power-of-two scales.
 
@@ -120,7 +119,7 @@ def sums_under_powers(counts: torch.Tensor, powers: torch.Tensor) -> tuple[torch
     s = powers.double().unsqueeze(-1)
     one = torch.ones_like(s)
     units = torch.cat([s * s, s * s, s, s * s, one, one], dim=-1)
-    max_abs = _largest(counts, unit[..., ABSOLUTE].reshape(1, -1).float())
+    max_abs = _largest(counts, _unit_errors(counts.device))
     return found * units, max_abs.double() * powers.double().view(-1)
 
 

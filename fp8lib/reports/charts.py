@@ -48,6 +48,7 @@ _METRICS = (
     ("mean_abs", "mean abs err", lambda value: value),
     ("max_abs", "max abs err", lambda value: value),
     ("vs_best", "squared error vs best scale", lambda value: value),
+    ("bulk_error", "bulk error", lambda value: value),
 )
 """Name of a metric, the label of its distribution, and what is shown of it."""
 

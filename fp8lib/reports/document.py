@@ -7,23 +7,25 @@ import hashlib
 import json
 import math
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from fp8lib import __version__
 from fp8lib.checkpoint.directory import Checkpoint
-from fp8lib.checkpoint.rules import module_of, without_prefix
+from fp8lib.checkpoint.rules import without_prefix
 from fp8lib.outputs.figures import Comparison
-from fp8lib.verification.bands import BANDS, Band, Zone
-from fp8lib.verification.findings import Findings
+from fp8lib.verification.bands import AS_GOOD_AS_BEST, Band, Bands, Reason, Zone, judge_tensor
+from fp8lib.verification.findings import Findings, by_kind, kind_of, quantiles
+from fp8lib.verification.health import Health
 from fp8lib.verification.measurement import Measurement
 
 SCHEMA_VERSION = 1
 """Of `report_schema.json`. A new field does not change it; one that goes, or means something else, does."""
 NOT_VERIFIED = "NOT_VERIFIED"
-_LAYER = re.compile(r"(?P<draft>mtp\.)?layers\.(?P<number>\d+)\.(?P<module>.+)$")
-_NUMBER = re.compile(r"\.\d+(?=\.)")
+NOT_FINITE, PERPLEXITY = "not_finite", "perplexity"
+"""Codes of what outputs are not GOOD for."""
+_LAYER = re.compile(r"(?P<draft>mtp\.)?layers\.(?P<number>\d+)\.")
+_VS_BEST = Band("vs_best", AS_GOOD_AS_BEST, math.inf, higher_is_better=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,11 @@ class Run:
 
 
 def make_document(
-    run: Run, found: Findings, verdict: Zone, compared: Comparison | None, reason: str | None
+    run: Run,
+    found: Findings,
+    verdict: Zone,
+    compared: Comparison | None,
+    outputs: tuple[str, str] | None,
 ) -> dict:
     """The report.
 
@@ -59,11 +65,10 @@ def make_document(
         found: about the weights.
         verdict: of everything.
         compared: what was found about outputs, if they were compared.
-        reason: code of what the outputs changed the verdict for, None if they did not.
+        outputs: code and sentence of what the outputs are not GOOD for, None if they are.
     """
     health = found.health
-    zones = {m.name: judged.zone for judged, m in health.flagged} if health else {}
-    measurements = [_measurement(m, zones.get(m.name, Zone.GOOD)) for m in found.measurements]
+    measurements = [_measurement(m, found.bands) for m in found.measurements]
     return _plain(
         {
             "schema_version": SCHEMA_VERSION,
@@ -82,17 +87,17 @@ def make_document(
                 "share_of_bytes": found.looked_at,
             },
             "verdict": {
-                "zone": verdict.name if health else NOT_VERIFIED,
-                "statement": health.statement if health else "Verification was skipped.",
-                "reasons": [*_reasons(found), *([_reason_of_outputs(reason, verdict)] if reason else [])],
+                "zone": verdict.name if health or verdict is not Zone.GOOD else NOT_VERIFIED,
+                "statement": _statement(health, outputs),
+                "reasons": _reasons(found) + _reasons_of_outputs(outputs),
             },
             "counts": {zone.name: health.counts[zone] if health else 0 for zone in Zone},
-            "bands": [asdict(band) for band in BANDS],
+            "bands": [asdict(band) for band in found.bands],
             "recommendations": health.recommendations if health else (),
             "kept_failing": [{"group": group, "reason": reason} for group, reason in found.kept_failing],
             "problems": found.problems,
             "tensor_parallel": _tensor_parallel(found),
-            "kinds": _kinds(measurements, found.measurements),
+            "kinds": _kinds(found),
             "comparison": compared.to_json() if compared else None,
             "measurements": measurements,
         }
@@ -112,18 +117,18 @@ def to_text(document: dict) -> str:
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
-def place_of(name: str) -> tuple[str, str]:
-    """(layer, kind of module) of a weight: `3` or `mtp.0` or ``, `mlp.experts.*.down_proj`."""
-    short = without_prefix(module_of(name) or name)
-    match = _LAYER.match(short)
-    module = _NUMBER.sub(".*", match["module"] if match else short)
-    return (f"{'mtp.' if match['draft'] else ''}{match['number']}" if match else ""), module
+def layer_of(name: str) -> str:
+    """The layer of a weight: `3`, or `mtp.0` of the draft head; "" where it is in none."""
+    match = _LAYER.match(without_prefix(name))
+    return f"{'mtp.' if match['draft'] else ''}{match['number']}" if match else ""
 
 
-def _measurement(measurement: Measurement, zone: Zone) -> dict:
-    layer, kind = place_of(measurement.name)
+def _measurement(measurement: Measurement, bands: Bands) -> dict:
+    judged = judge_tensor(measurement, bands)
     values = {key: value for key, value in asdict(measurement).items() if value is not None}
-    return {"name": values.pop("name"), "layer": layer, "kind": kind, "zone": zone.name, **values}
+    name = values.pop("name")
+    place = {"layer": layer_of(name), "kind": kind_of(name)}
+    return {"name": name, **place, "zone": judged.zone.name, "reason": str(judged.reason), **values}
 
 
 def _input(original: Checkpoint) -> dict:
@@ -139,32 +144,54 @@ def _input(original: Checkpoint) -> dict:
 
 
 def _reasons(found: Findings) -> list[dict]:
-    """Why the verdict is what it is: a code, the zone it leads to, how many tensors, the worst of them."""
+    """Why the verdict is not GOOD: a code, the zone it leads to, how many tensors, the worst of them."""
     if found.health is None:
         return [{"code": "not_verified", "zone": NOT_VERIFIED}]
     reasons = []
     if found.problems:
-        reasons.append({"code": "structure", "zone": Zone.FAIL.name, "count": len(found.problems)})
-    flagged = found.health.flagged
-    if outputs := [judged.zone for judged, m in flagged if m.output is not None]:
-        worst = max(outputs)
+        code = {"code": "damaged", "files": found.damaged} if found.damaged else {"code": "structure"}
+        reasons.append({**code, "zone": Zone.FAIL.name, "count": len(found.problems)})
+    by_reason = {reason: [] for reason in Reason}
+    for judgement, measurement in found.health.flagged:
+        by_reason[judgement.reason].append((judgement, measurement))
+    if outputs := by_reason[Reason.OUTPUTS]:
+        worst = max(judgement.zone for judgement, _ in outputs)
         reasons.append({"code": "output_error", "zone": worst.name, "count": len(outputs)})
-    by_bands = [m for _, m in flagged if m.output is None]
-    return reasons + [reason for band in BANDS if (reason := _reason_of_band(band, by_bands))]
+    for band in found.bands:
+        outside = [m for j, m in by_reason[Reason.OUT_OF_BAND] if j.zones[band.metric] is not Zone.GOOD]
+        if outside:
+            reasons.append(_reason(band.metric, band, outside))
+    if large := [m for _, m in by_reason[Reason.LARGE_WEIGHTS]]:
+        reasons.append({**_reason(Reason.LARGE_WEIGHTS, found.bands.max_abs, large), "zone": Zone.WARN.name})
+    return reasons
 
 
-def _reason_of_band(band: Band, flagged: Sequence[Measurement]) -> dict | None:
-    values = [(getattr(m, band.metric), m.name) for m in flagged]
-    outside = [(value, name) for value, name in values if band.zone(value) is not Zone.GOOD]
-    if not outside:
-        return None
-    worst, name = min(outside, key=lambda item: band.badness(item[0]))
-    zone = band.zone(worst).name
-    return {"code": band.metric, "zone": zone, "count": len(outside), "worst": worst, "worst_tensor": name}
+def _reason(code: str, band: Band, outside: Sequence[Measurement]) -> dict:
+    """A reason that some tensors' values of a metric give."""
+    worst = min(outside, key=lambda m: band.badness(getattr(m, band.metric)))
+    value = getattr(worst, band.metric)
+    return {
+        "code": str(code),
+        "zone": band.zone(value).name,
+        "count": len(outside),
+        "worst": value,
+        "worst_tensor": worst.name,
+    }
 
 
-def _reason_of_outputs(code: str, verdict: Zone) -> dict:
-    return {"code": code, "zone": verdict.name}
+def _reasons_of_outputs(outputs: tuple[str, str] | None) -> list[dict]:
+    if outputs is None:
+        return []
+    code, _ = outputs
+    return [{"code": code, "zone": (Zone.FAIL if code == NOT_FINITE else Zone.WARN).name}]
+
+
+def _statement(health: Health | None, outputs: tuple[str, str] | None) -> str:
+    """What the summary says of the weights, or of the outputs where they are worse."""
+    said = health.statement if health else "Verification was skipped."
+    if outputs is None:
+        return said
+    return outputs[1] if health and health.verdict is Zone.GOOD else f"{said} {outputs[1]}"
 
 
 def _tensor_parallel(found: Findings) -> dict:
@@ -174,26 +201,22 @@ def _tensor_parallel(found: Findings) -> dict:
     return {"missing_key": None, "sizes": sizes}
 
 
-def _kinds(places: Sequence[dict], measurements: Iterable[Measurement]) -> list[dict]:
+def _kinds(found: Findings) -> list[dict]:
     """Median, 99th percentile towards the worse and worst value of each metric, by kind of module."""
-    members: dict[str, list[Measurement]] = defaultdict(list)
-    for place, measurement in zip(places, measurements, strict=True):
-        members[place["kind"]].append(measurement)
-    found = []
-    for kind, those in sorted(members.items()):
-        metrics = {band.metric: _ranks(band, [getattr(m, band.metric) for m in those]) for band in BANDS}
-        if hasattr(those[0], "vs_best"):
-            towards = Band("vs_best", math.inf, math.inf, higher_is_better=False)
-            metrics["vs_best"] = _ranks(towards, [m.vs_best for m in those])
-        found.append({"kind": kind, "tensors": len(those), "metrics": metrics})
-    return found
+    bands = [*found.bands, _VS_BEST]
+    return [
+        {
+            "kind": kind,
+            "tensors": len(those),
+            "metrics": {band.metric: _ranks(band, those) for band in bands},
+        }
+        for kind, those in by_kind(found.measurements).items()
+    ]
 
 
-def _ranks(band: Band, values: list[float]) -> dict[str, float]:
-    """Order statistics, the worse at the end, so that NaN is the worst."""
-    values = sorted(values, key=band.badness, reverse=True)
-    at = {"p50": 0.5, "p99": 0.99, "worst": 1.0}
-    return {name: values[math.ceil(share * len(values)) - 1] for name, share in at.items()}
+def _ranks(band: Band, measurements: Sequence[Measurement]) -> dict[str, float]:
+    values = quantiles((getattr(m, band.metric) for m in measurements), band.higher_is_better)
+    return dict(zip(("p50", "p99", "worst"), values, strict=True))
 
 
 def _plain(value: object) -> object:

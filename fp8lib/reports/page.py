@@ -20,7 +20,7 @@ WORST = 50
 """Tensors in the table."""
 _HERE = Path(__file__).parent
 _ORDER = {"FAIL": 0, "WARN": 1, "GOOD": 2}
-_COLUMNS = ("cosine", "relative", "vs_best", "mean_abs", "max_abs", "amax")
+_COLUMNS = ("cosine", "vs_best", "mean_abs", "max_abs", "bulk_error", "zero_share", "amax")
 """Of the table, as far as they were measured."""
 _MOST_PROBLEMS = 200
 

@@ -100,6 +100,10 @@ def convert_batch(
     Returns:
         (uint8 [bytes of all codes], uint8 [bytes of all scales]).
     """
+    if len(parts) == 1:
+        ((matrix, first, _),) = parts
+        found = convert(matrix, weights.view(-1, matrix.columns), first)
+        return tuple(t.view(torch.uint8).reshape(-1) for t in found)
     sizes = [(last - first) * matrix.columns for matrix, first, last in parts]
     rows = [w.view(-1, m.columns) for w, (m, _, _) in zip(weights.split(sizes), parts, strict=True)]
     groups = _groups(convert, parts)

@@ -10,7 +10,11 @@ directory_check  what is not in the tensors: quantization_config, the index, cop
 reading          rows read back from the disk
 restored         weights that were turned back or merged, compared with where they came from
 restored_pairing, restored_report   their pairs by name, their summary
-health           verdict and statement; bands has the zones
+sums             the sums over a piece that it adds up
+measurement      the record of one weight's figures
+bands            zones of a weight
+claim            what is known of how codes and scales came about
+health           verdict and statement
 trial            weights quantized in memory, measured as files are
 advice           what was tried: what would FAIL, what helps, in words
 findings         all of this about one directory: what summary, reports and advice read
