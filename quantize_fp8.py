@@ -24,11 +24,11 @@ COMPARISON_FLAGS = (
 """Flags that only --compare_outputs looks at."""
 QUANTIZING_FLAGS = (
     "calib_mode", "scale_format", *(flag[2:] for _, flag in MODE_FLAGS), "activation_stats",
-    "eligibility", "keep_bf16", "quantize", "kept_dtype", "rounding", "second_moments", "damping",
-    "lora_dir", "verify_samples", "seed", "band", "compare_outputs", "report",
+    "eligibility", "keep_failing", "keep_bf16", "quantize", "kept_dtype", "rounding", "second_moments",
+    "damping", "lora_dir", "verify_samples", "seed", "band", "compare_outputs", "report",
 )  # fmt: skip
 """Flags that mean nothing to --dequantize, which chooses no scales and verifies all that it writes."""
-WRITING_FLAGS = ("overwrite", "eligibility", "keep_bf16", "quantize", "kept_dtype")
+WRITING_FLAGS = ("overwrite", "eligibility", "keep_failing", "keep_bf16", "quantize", "kept_dtype")
 """Flags that --verify_only does not look at."""
 CHECKING_FLAGS = ("verify_samples", "seed", "band", "strict")
 """Flags that --skip_verify and --dry_run make idle."""
@@ -97,8 +97,12 @@ def make_parser() -> Parser:
     group = parser.add_argument_group("what is quantized")
     group.add_argument(
         "--eligibility", choices=ELIGIBILITIES, default="toolkit",
-        help="official also quantizes linear_attn.out_proj and shared experts, like Qwen's own FP8 releases "
-        "(%(default)s)",
+        help="official also quantizes linear_attn.out_proj and shared experts, like Qwen's own FP8 releases; "
+        "auto is official with --keep_failing (%(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--keep_failing", action="store_true",
+        help="first quantize everything in memory, and keep the fusion groups of which a weight would FAIL",
     )  # fmt: skip
     group.add_argument(
         "--keep_bf16", action="append", default=[], metavar="PATTERN",
@@ -208,9 +212,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("argument --verify_only: not allowed with argument --dry_run")
     _refuse_combinations(flags, parser)
     flags.selection = Selection(
-        flags.eligibility,
-        tuple(flags.keep_bf16),
-        tuple(flags.quantize),
+        eligibility=flags.eligibility,
+        keep=tuple(flags.keep_bf16),
+        quantize=tuple(flags.quantize),
+        keep_failing=flags.keep_failing,
         kept_dtype=KEPT_DTYPES.get(flags.kept_dtype),
     )
     flags.bands = Bands.parse(flags.band)
@@ -233,11 +238,12 @@ def _idle(parser: Parser, flags: argparse.Namespace) -> Iterator[tuple[str, str]
             yield flag, f"with --calib_mode {flags.calib_mode}"
     if flags.calib_mode == "mse" and flags.scale_format == "ue8m0" and flags.mse_grid_size != PHASES:
         yield "--mse_grid_size", "with --scale_format ue8m0"
+    by_trial = flags.selection.by_trial  # the bands say what FAILs then
     for applies, names, where in (
         (not flags.dequantize, ("expert_layout",), "without --dequantize"),
         (not flags.compare_outputs, COMPARISON_FLAGS, "without --compare_outputs"),
         (flags.verify_only, WRITING_FLAGS, "with --verify_only"),
-        (flags.skip_verify, CHECKING_FLAGS, "with --skip_verify"),
+        (flags.skip_verify, [f for f in CHECKING_FLAGS if f != "band" or not by_trial], "with --skip_verify"),
         (flags.dry_run, (*CHECKING_FLAGS, "skip_verify", "checksums"), "with --dry_run"),
     ):
         if applies:

@@ -45,6 +45,7 @@ def hostile(document: dict) -> dict:
         row["kind"] = name
     report["problems"] = list(HOSTILE)
     report["recommendations"] = list(HOSTILE)
+    report["kept_failing"] = [{"group": name, "reason": name} for name in HOSTILE]
     report["output"]["directory"] = HOSTILE[0]
     report["calibration"]["label"] = HOSTILE[1]
     report["flags"][HOSTILE[0]] = HOSTILE[2]

@@ -34,6 +34,8 @@ BYTES = {
     "scale_format": ((), ("--scale_format", "bf16")),
     "eligibility": ((), ("--eligibility", "official")),
     "keep_bf16": ((), ("--keep_bf16", "model.layers.1.*")),
+    "keep_failing": ((), ("--keep_failing",)),
+    "band of a trial": (("--keep_failing",), ("--band", "mae=0.1,0.2")),
     "quantize": (("--keep_bf16", "model.layers.1.*"), ("--quantize", "model.layers.0.*")),
     "rounding": ((), SECOND_ORDER),
     "second_moments": (SECOND_ORDER, ("--second_moments", "{other moments}")),
@@ -131,7 +133,8 @@ class Second(Ranks):
     def __init__(self, first: First) -> None:
         super().__init__()
         self.rank, self.world, self.attempt = 1, 2, first.attempt
-        self.wait_for = first.published.__getitem__
+        said = self.wait_for = first.published.__getitem__
+        self.wait_for_first = lambda *keys: next((k, said(k)) for k in keys if k in first.published)
 
 
 def act(ranks: Ranks, arguments: list[str]) -> None:

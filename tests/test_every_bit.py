@@ -76,9 +76,9 @@ def problems(
     found = []
     summarize = verifying.summarize
 
-    def noted(flags: object, talk: object, findings: object) -> object:
+    def noted(flags: object, talk: object, findings: object, *rest: object) -> object:
         found.extend(findings.problems)
-        return summarize(flags, talk, findings)
+        return summarize(flags, talk, findings, *rest)
 
     monkeypatch.setattr(verifying, "summarize", noted)
 

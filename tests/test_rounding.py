@@ -170,6 +170,22 @@ def test_matrices_that_are_stacked_get_the_codes_they_get_alone(source, moments)
         assert torch.equal(scales, together[1][i : i + 1])
 
 
+def test_keep_failing_tries_the_rounding_itself(source, moments, rounded, tmp_path, cli, copy_of) -> None:
+    """Weights with second moments are judged by their outputs, mtp's by the bands, as in the files."""
+    spoiled, name = copy_of(source), "mtp.layers.0.self_attn.o_proj.weight"
+    for file in spoiled.glob("*.safetensors"):
+        state = load_file(file)
+        for spoil in {name, "model.layers.0.linear_attn.in_proj_z.weight"} & state.keys():
+            state[spoil][0, 0] = 1000.0  # an error of 24
+        save_file(state, file, metadata={"format": "pt"})
+    output = tmp_path / "out"
+    arguments = "--input_dir", spoiled, *second(moments), "--keep_failing", "--verify_samples", "all"
+    result = cli(*arguments, "--output_dir", output)
+    assert result.rc == 0, result.err
+    kept = json.loads((output / MANIFEST).read_text())["settings"]["kept_groups"]
+    assert kept.keys() == {name.removesuffix(".weight")}
+
+
 def test_ranks_write_the_same_bytes(source, moments, rounded, tmp_path) -> None:
     ended = forked_ranks.run(
         [Rank()] * 2, "--input_dir", source, "--output_dir", tmp_path / "out",

@@ -20,8 +20,9 @@ from fp8lib.numerics.blocks import BLOCK
 SUPPORTED_MODEL_TYPES = ("qwen3_5", "qwen3_5_moe", "qwen3_5_text", "qwen3_5_moe_text")
 """`model_type` of config.json; Qwen3.6 checkpoints carry the same names."""
 
-ELIGIBILITIES = ("toolkit", "official")
-"""Sets of modules to quantize, the smaller one first. `official` is what Qwen's own FP8 releases quantize."""
+ELIGIBILITIES = ("toolkit", "official", "auto")
+"""Sets of modules to quantize. `official` is what Qwen's own FP8 releases quantize, more than `toolkit`;
+`auto` is that without the fusion groups of which a weight would FAIL."""
 
 KEPT_DTYPES = {"bfloat16": "BF16"}
 """What `--kept_dtype` takes -> safetensors' name of it."""
@@ -35,6 +36,7 @@ class Selection:
         eligibility: one of `ELIGIBILITIES`.
         keep: fnmatch patterns of module names; the fusion groups they touch are kept. They win over all else.
         quantize: fnmatch patterns of module names; the fusion groups they touch are quantized.
+        keep_failing: whether fusion groups of which a weight would FAIL are kept, in any set.
         kept_groups: (fusion group, reason) of groups kept for what their weights are, not for their names.
         kept_dtype: "BF16" to round kept F32 and F16 tensors to it, but for those that `keeps_precision`
             names; None to keep all bytes.
@@ -43,6 +45,7 @@ class Selection:
     eligibility: str = "toolkit"
     keep: tuple[str, ...] = ()
     quantize: tuple[str, ...] = ()
+    keep_failing: bool = False
     kept_groups: tuple[tuple[str, str], ...] = ()
     kept_dtype: str | None = None
 
@@ -53,7 +56,14 @@ class Selection:
             "keep_bf16": sorted(set(self.keep)),
             "quantize": sorted(set(self.quantize)),
             "kept_dtype": self.kept_dtype,
+            **({"keep_failing": True} if self.keep_failing else {}),
+            **({"kept_groups": dict(self.kept_groups)} if self.by_trial else {}),
         }
+
+    @property
+    def by_trial(self) -> bool:
+        """Whether weights must be quantized in memory first, to know which groups are kept."""
+        return self.keep_failing or self.eligibility == "auto"
 
 
 _LAYER = r"(?P<layer>(?:.+\.)?layers\.\d+)\."
@@ -147,7 +157,7 @@ def fusion_group(tensor: str) -> str | None:
 
 def is_eligible(group: str, eligibility: str) -> bool:
     """Whether a set, one of `ELIGIBILITIES`, holds a fusion group."""
-    return eligibility == "official" or not group.endswith(_ONLY_OFFICIAL)
+    return eligibility != "toolkit" or not group.endswith(_ONLY_OFFICIAL)
 
 
 def fused_experts_part(tensor: str) -> tuple[str, str] | None:

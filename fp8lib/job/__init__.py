@@ -4,6 +4,7 @@ run         what every run of quantize_fp8.py has in common: the plan, the ranks
 quantizing  quantize a checkpoint, or continue
 dequantizing  what --dequantize has of its own
 verifying   --verify_only
+trying      passes over the input in memory: what would FAIL, what would help
 recorded    a finished directory against its own manifest
 checksums   SHA256SUMS
 ending      the last lines of a run

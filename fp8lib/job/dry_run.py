@@ -51,6 +51,7 @@ def print_plan(plan: Plan, printer: Printer) -> None:
     printer.line(f"  Files copied along  : {len(plan.checkpoint.extra_files)}")
     printer.line(f"  Size                : {size(before)} -> {size(plan.output_bytes())}")
     print_loading(printer, tensor_parallel(plan.outputs(), plan.config()))
+    _print_trial(printer, plan)
     _print_official(printer, plan)
     printer.line("=" * WIDTH)
 
@@ -86,6 +87,14 @@ def _print_kinds(matrices: list[tuple[str, int, int]], printer: Printer) -> None
         shapes = Counter(map(str, map(list, members)))
         shape = next(iter(shapes)) + (" and others" if len(shapes) > 1 else "")
         printer.line(f"  {len(members):>6}  {printable(kind.removesuffix('.weight'))}  {shape}")
+
+
+def _print_trial(printer: Printer, plan: Plan) -> None:
+    """What a run would read first, to know which groups stay as they are; a dry run reads headers alone."""
+    if plan.selection.by_trial:
+        nbytes = sum(m.rows * m.input_row_bytes for m in plan.matrices)
+        text = f"quantizes {size(nbytes)} in memory first; groups of which a weight would FAIL are kept, too"
+        printer.wrapped(text, "  The run             : ", " " * 24)
 
 
 def _print_official(printer: Printer, plan: Plan) -> None:

@@ -186,6 +186,13 @@ def _is_record(record: object) -> bool:
     )
 
 
+def kept_groups(manifest: Manifest) -> dict[str, str] | None:
+    """Fusion group -> why a run found that it would FAIL; None if it did not look, or the record is bad."""
+    kept = manifest.settings.get("kept_groups")
+    is_sound = isinstance(kept, dict) and all(isinstance(reason, str) for reason in kept.values())
+    return kept if is_sound else None
+
+
 def identity(shard: Shard) -> dict:
     """What tells an input shard from a changed one."""
     return {

@@ -12,15 +12,17 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from fp8lib import Fp8Error
 from fp8lib.calibration.statistics_file import Statistics
 from fp8lib.checkpoint.directory import CONFIG, INDEX
 from fp8lib.checkpoint.plan import Plan, to_json
+from fp8lib.checkpoint.rules import Selection
 from fp8lib.checkpoint.tensor_parallel import tensor_parallel
 from fp8lib.checkpoint.untrusted import printable
-from fp8lib.job import checksums, dequantizing, manifest, output_dir, recorded, rounding
+from fp8lib.job import checksums, dequantizing, manifest, output_dir, recorded, rounding, trying
 from fp8lib.job.ending import print_ending
 from fp8lib.job.manifest import Manifest, ShardResult
 from fp8lib.job.progress import Progress
@@ -53,6 +55,9 @@ def quantize(flags: Namespace, talk: Talk, ranks: Ranks) -> tuple[Zone, Findings
     """
     begun = time.monotonic()
     # Rank 0 refuses for all: the others say and do nothing before it has agreed.
+    offer = None if ranks.is_main else ranks.wait_for_first("candidates", "todo")
+    if flags.selection.by_trial or (offer and offer[0] == "candidates"):
+        flags.selection = _selection_by_trial(flags, talk, ranks, offer and offer[1])
     todo = None if ranks.is_main else Todo(**ranks.wait_for("todo"))
     plan, statistics, covered = plan_for(flags, talk)
     moments = rounding.moments_for(flags, plan, talk)
@@ -92,10 +97,17 @@ def quantize(flags: Namespace, talk: Talk, ranks: Ranks) -> tuple[Zone, Findings
     ordered = [results[s.name] for s in plan.shards]
     if flags.dequantize:
         return agree(ranks, dequantizing.summarize(flags, talk, plan, ordered)), None
-    found = summarize(flags, talk, _findings(flags, plan, ordered, covered, moments))
+    sources = partial(_sources, plan)
+    advise = partial(trying.measured_advice, flags, talk, settings, sources, flags.calibration)
+    found = summarize(flags, talk, _findings(flags, plan, ordered, covered, moments), advise)
     if todo.quantize and not flags.quiet:
         print_ending(flags.output_dir, plan, found, time.monotonic() - begun)
     return agree_on(ranks, found)
+
+
+def _sources(plan: Plan) -> Iterator[trying.Source]:
+    """Every weight that becomes FP8, with the shard it comes from."""
+    return ((shard.source, matrix) for shard in plan.shards for matrix in shard.matrices)
 
 
 def _manifest(plan: Plan, decisive: dict) -> Manifest:
@@ -107,6 +119,52 @@ def _manifest(plan: Plan, decisive: dict) -> Manifest:
         files={name: hashlib.sha256(data).hexdigest() for name, data in _written_last(plan).items()},
         headers=recorded.header_digests(plan),
     )
+
+
+def _selection_by_trial(flags: Namespace, talk: Talk, ranks: Ranks, said: dict | None) -> Selection:
+    """What was asked for, less the groups that would FAIL: data in the plan from here on.
+
+    Where this run continues an earlier one, they are the earlier one's. Otherwise all ranks try the
+    candidates.
+
+    Args:
+        flags: of the run.
+        talk: how to speak to the user.
+        ranks: all of them.
+        said: by rank 0, which may have no such pass; None on rank 0.
+
+    Raises:
+        Fp8Error: what flags, headers and the output directory can refuse; what `failing_groups` refuses.
+    """
+    quiet = Talk(talk.printer, lambda text: None)  # it is all said again when the plan is known
+    plan, statistics, _ = plan_for(flags, quiet)
+    moments = rounding.moments_for(flags, plan, quiet)
+    settings = settings_for(flags, statistics, ranks, moments, plan.adapters)
+    decisive = _settings(flags, plan, statistics, moments)
+    terms = _terms(flags, plan, decisive)
+    if said is not None:
+        _require_same(flags, terms, said["terms"], ranks)
+        known = said["kept"]
+    else:
+        known = None if flags.overwrite else _kept_before(flags.output_dir)
+        mine = _manifest(plan, decisive if known is None else {**decisive, "kept_groups": known})
+        state = output_dir.inspect(flags.output_dir, plan, mine, flags.overwrite)
+        if known is None:
+            output_dir.check_space(flags.output_dir, plan, state, 0)
+        ranks.publish("candidates", {"terms": terms, "kept": known})
+    if known is None:
+        known = trying.failing_groups(flags, talk, ranks, settings, plan)
+    return replace(flags.selection, kept_groups=tuple(known.items()))
+
+
+def _kept_before(folder: Path) -> dict[str, str] | None:
+    """The groups that an earlier run found to FAIL, None if there was none, or it is unknown.
+
+    Raises:
+        Fp8Error: its manifest cannot be read.
+    """
+    earlier = manifest.load(folder)
+    return manifest.kept_groups(earlier) if earlier else None
 
 
 def _findings(
@@ -130,6 +188,7 @@ def _findings(
         damaged=[r.name for r in ordered if r.damaged],
         looked_at=sum(r.looked_at for r in ordered) / sum(s.size for s in plan.shards),
         adapters=plan.adapters.fingerprints if plan.adapters else (),
+        kept_failing=plan.selection.kept_groups,
     )
 
 
@@ -205,7 +264,8 @@ def _settings(
     settings = {
         "calibration": str(flags.calibration),
         "activation_stats": statistics.sha256 if statistics else None,
-        **flags.selection.settings(),
+        **plan.selection.settings(),
+        **({"bands": flags.bands.changed()} if plan.selection.by_trial else {}),
         **rounding.settings(moments),
     }
     return settings | ({"adapters": list(plan.adapters.fingerprints)} if plan.adapters else {})
@@ -233,13 +293,18 @@ def _terms(flags: Namespace, plan: Plan, decisive: dict) -> dict:
 
 def _check_agreement(flags: Namespace, mine: dict, theirs: dict, ranks: Ranks) -> None:
     """Refuse, on a rank other than 0, another input, other flags or another output directory."""
+    _require_same(flags, mine, theirs, ranks)
+    output_dir.await_lock(flags.output_dir, ranks.attempt)
+
+
+def _require_same(flags: Namespace, mine: dict, theirs: dict, ranks: Ranks) -> None:
+    """Refuse, on a rank other than 0, another input or other flags."""
     for key in mine | theirs:
         if mine.get(key) != theirs.get(key):
             raise Fp8Error(
                 f"{printable(flags.input_dir)}: rank {ranks.rank} has other {key.replace('_', ' ')} "
                 "than rank 0; give all machines the same files and flags"
             )
-    output_dir.await_lock(flags.output_dir, ranks.attempt)
 
 
 @contextmanager

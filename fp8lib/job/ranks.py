@@ -156,9 +156,19 @@ class Ranks:
         Raises:
             Fp8Error: some rank failed meanwhile.
         """
-        while not self._store.check([key]):
+        return self.wait_for_first(key)[1]
+
+    def wait_for_first(self, *keys: str) -> tuple[str, object]:
+        """The first of several values that is there, the first of these keys if several are, and its key.
+
+        Raises:
+            Fp8Error: some rank failed meanwhile.
+        """
+        while True:
+            for key in keys:
+                if self._store.check([key]):
+                    return key, json.loads(self._store.get(key))
             self._wait()
-        return json.loads(self._store.get(key))
 
     def send(self, key: str, data: bytes) -> None:
         """Leave bytes for rank 0, which takes them out of the store; before that nothing else is sent.
@@ -196,16 +206,20 @@ class Ranks:
 
     def claims(self, work: Sequence[Work]) -> Iterator[Work]:
         """Claim items of a list, which is the same on every rank: each `next` claims the next free one."""
+        yield from self.share("work", work)
+
+    def share(self, what: str, work: Sequence[Work]) -> Iterator[Work]:
+        """The same for work of another name, which comes before."""
         if self._store is None:
             yield from work
             return
-        self._store.add("at work", 1)
-        while (position := self._store.add("claimed", 1) - 1) < len(work):
+        self._store.add(f"at {what}", 1)
+        while (position := self._store.add(f"claimed {what}", 1) - 1) < len(work):
             yield work[position]
 
-    def all_at_work(self) -> bool:
-        """Whether every rank has come as far as `claims`, with nothing to refuse."""
-        return self._store is None or self._store.add("at work", 0) == self.world
+    def all_at_work(self, what: str = "work") -> bool:
+        """Whether every rank has come as far as `claims`, or `share`, with nothing to refuse."""
+        return self._store is None or self._store.add(f"at {what}", 0) == self.world
 
     def count(self, key: str) -> int:
         """Add one to a shared counter and return its value."""

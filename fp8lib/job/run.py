@@ -339,17 +339,31 @@ def _process(flags: Namespace, ranks: Ranks, settings, work: list, on_bytes) -> 
             yield result
 
 
-def summarize(flags: Namespace, talk: Talk, found: Findings) -> Findings:
-    """Judge what was found, unless verification was skipped, and print the summary; returns it, judged."""
+def summarize(
+    flags: Namespace, talk: Talk, found: Findings, advise: Callable[[Findings], Sequence[str]]
+) -> Findings:
+    """Judge what was found, unless verification was skipped, and print the summary.
+
+    Args:
+        flags: of the run.
+        talk: how to speak to the user.
+        found: not judged yet.
+        advise: what to do about tensors that are not GOOD, where nothing worse is wrong.
+
+    Returns:
+        It, judged.
+    """
     if not flags.skip_verify:
         health = judge(
             found.measurements,
             found.problems,
-            found.calibration,
             found.finished,
             flags.bands,
             found.damaged,
         )
         found = replace(found, health=health, bands=flags.bands)
+        if health.flagged and not found.problems:
+            health = replace(health, recommendations=tuple(advise(found)))
+            found = replace(found, health=health)
     report.print_summary(talk.printer, found)
     return found

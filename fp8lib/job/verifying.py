@@ -3,7 +3,9 @@
 import os
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from fp8lib import Fp8Error
@@ -14,7 +16,7 @@ from fp8lib.checkpoint.matching import mismatches
 from fp8lib.checkpoint.rules import fusion_group
 from fp8lib.checkpoint.tensor_parallel import tensor_parallel
 from fp8lib.checkpoint.untrusted import printable
-from fp8lib.job import checksums, claims, manifest, recorded
+from fp8lib.job import checksums, claims, manifest, recorded, trying
 from fp8lib.job.manifest import Manifest, ShardResult
 from fp8lib.job.progress import Progress
 from fp8lib.job.ranks import Ranks
@@ -70,7 +72,22 @@ def verify_only(flags: Namespace, talk: Talk, ranks: Ranks) -> tuple[Zone, Findi
     if flags.checksums and not any(r.problems for r in ordered):
         checksums.write(flags.output_dir, {name: digest for name, digest in digests.items() if digest})
     found = _findings(flags, talk, claim, quantized, pairings, ordered, earlier, adapters)
-    return agree_on(ranks, summarize(flags, talk, found))
+    sources = partial(_sources, original, pairings)
+    advise = partial(trying.measured_advice, flags, talk, settings, sources, _used(earlier))
+    return agree_on(ranks, summarize(flags, talk, found, advise))
+
+
+def _sources(original: Checkpoint, pairings: Sequence) -> Iterator[trying.Source]:
+    """Every FP8 weight, with the shard it comes from."""
+    shards = {shard.path: shard for shard in original.shards}
+    return ((shards[pair.source.path], pair.matrix) for each in pairings for pair in each.pairs)
+
+
+def _used(earlier: Manifest | None) -> Calibration | None:
+    """How scales were chosen, None if the manifest does not say it."""
+    with suppress(Fp8Error):
+        return Calibration.parse(str(earlier and earlier.settings.get("calibration")))
+    return None
 
 
 def _work(
@@ -169,7 +186,13 @@ def _findings(
         finished=True,
         looked_at=sum(r.looked_at for r in ordered) / sum(s.size for s in quantized.shards),
         adapters=adapters.fingerprints if adapters else (),
+        kept_failing=_kept_failing(earlier),
     )
+
+
+def _kept_failing(earlier: Manifest | None) -> tuple[tuple[str, str], ...]:
+    """What the manifest says of groups that stay as they are because they would FAIL."""
+    return tuple((manifest.kept_groups(earlier) or {}).items()) if earlier else ()
 
 
 def _calibration(flags: Namespace, talk: Talk, used: str, claim: Claim) -> Calibration:

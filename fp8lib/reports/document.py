@@ -94,6 +94,7 @@ def make_document(
             "counts": {zone.name: health.counts[zone] if health else 0 for zone in Zone},
             "bands": [asdict(band) for band in found.bands],
             "recommendations": health.recommendations if health else (),
+            "kept_failing": [{"group": group, "reason": reason} for group, reason in found.kept_failing],
             "problems": found.problems,
             "tensor_parallel": _tensor_parallel(found),
             "kinds": _kinds(found),

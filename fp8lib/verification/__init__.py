@@ -14,7 +14,9 @@ sums             the sums over a piece that it adds up
 measurement      the record of one weight's figures
 bands            zones of a weight
 claim            what is known of how codes and scales came about
-health           verdict, statement, recommendations
+health           verdict and statement
+trial            weights quantized in memory, measured as files are
+advice           what was tried: what would FAIL, what helps, in words
 findings         all of this about one directory: what summary, reports and advice read
 loading          what engines need to load it
 report           the summary

@@ -48,6 +48,7 @@ class Findings:
         damaged: names of shards in which codes or scales are not what this tool gives.
         bands: those in force.
         adapters: fingerprints of what was merged before, in its order.
+        kept_failing: (fusion group, why) of those that stay as they are because a weight would FAIL.
         looked_at: share of the directory's bytes that was compared, 0 to 1; None where that is unknown.
         health: the verdict; None if verification was skipped.
     """
@@ -63,6 +64,7 @@ class Findings:
     damaged: Sequence[str] = ()
     bands: Bands = BANDS
     adapters: Sequence[str] = ()
+    kept_failing: Sequence[tuple[str, str]] = ()
     looked_at: float | None = None
     health: Health | None = None
 

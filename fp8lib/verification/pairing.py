@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fp8lib.checkpoint.directory import Checkpoint
 from fp8lib.checkpoint.headers import ITEM_SIZE, Shard, Tensor, read_shard
-from fp8lib.checkpoint.layout import SCALE_SUFFIX, Extent, ShardPlan, matrices_of
+from fp8lib.checkpoint.layout import SCALE_SUFFIX, Extent, Matrix, ShardPlan, matrices_of
 from fp8lib.checkpoint.untrusted import printable
 from fp8lib.numerics.blocks import blocks
 from fp8lib.streaming.lanes import DTYPES
@@ -32,6 +32,16 @@ class Pair:
     source: Extent
     weight: Extent
     scale: Extent
+
+    @property
+    def matrix(self) -> Matrix:
+        """The same as something to quantize again."""
+        grid = blocks(self.rows), blocks(self.columns)
+        nbytes = grid[0] * grid[1] * ITEM_SIZE[self.scale.dtype]
+        size = self.rows * self.columns
+        weight = Tensor(self.name, self.weight.dtype, (self.rows, self.columns), self.weight.start, size)
+        scale = Tensor(self.name + SCALE_SUFFIX, self.scale.dtype, grid, self.scale.start, nbytes)
+        return Matrix(self.source.dtype, self.source.start, self.rows, self.columns, weight, scale)
 
 
 @dataclass(frozen=True, slots=True)

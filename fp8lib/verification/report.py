@@ -29,6 +29,7 @@ LISTED = 10
 def print_summary(printer: Printer, found: Findings) -> None:
     """The summary, verdict and advice included."""
     _print_totals(printer, found)
+    _print_kept(printer, found.kept_failing)
     print_loading(printer, found.loading)
     health, measurements = found.health, found.measurements
     if health is None:
@@ -89,6 +90,17 @@ def _print_totals(printer: Printer, found: Findings) -> None:
     printer.line(f"  Shards processed    : {totals.shards}  ({totals.failed} failed)")
     printer.line(f"  FP8 weight tensors  : {totals.fp8}")
     printer.line(f"  Passthrough tensors : {totals.passthrough}")
+
+
+def _print_kept(printer: Printer, kept: Sequence[tuple[str, str]]) -> None:
+    """The first fusion groups that stay as they are because they would FAIL, and why."""
+    if kept:
+        printer.line(f"  Kept, would FAIL    : {len(kept)} groups of weights that engines load as one")
+        for group, why in kept[:LISTED]:
+            printer.line(f"    {printable(group)}")
+            printer.wrapped(printable(why), "      ", "      ")
+        if kept[LISTED:]:
+            printer.line(f"    … and {len(kept) - LISTED} more, in fp8_quantization.json")
 
 
 _TYPICAL = {
