@@ -24,11 +24,14 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
+from hypothesis import settings
 
 import quantize_fp8
 import tiny_checkpoints
 from forked import PATIENCE
 
+settings.register_profile("no clock", deadline=None)
+settings.load_profile("no clock")
 SCRIPT = Path(quantize_fp8.__file__).resolve()
 SLOW = {
     "test_calibration",

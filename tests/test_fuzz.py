@@ -59,7 +59,6 @@ def fuzz(share: float) -> settings:
         max_examples=round((CASES or 2000) * share),
         derandomize=not CASES,
         database=None,
-        deadline=None,
         suppress_health_check=list(HealthCheck),
     )
 

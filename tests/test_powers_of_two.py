@@ -241,7 +241,7 @@ def test_shortcuts_of_mse_agree_with_the_sums():
         assert torch.equal(scales.float(), expected)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     bits=others.BLOCK_OF_NORMALS,
     exponents=st.none() | st.lists(st.integers(-40, 20), min_size=12, max_size=12),

@@ -382,7 +382,7 @@ def test_a_dtype_that_cannot_be_quantized_is_no_matter_in_a_kept_tensor(
     assert torch.equal(found, expected)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_damage_to_a_header_gets_past_as_anything_but_a_refusal(
     data: st.DataObject, tmp_path: Path, checkpoint: Callable

@@ -46,8 +46,16 @@ def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def quantize(source: Path, output: Path, *flags: object, **options: object) -> forked.Ended:
-    return forked.run("--input_dir", source, "--output_dir", output, *flags, **options)
+EVERY_RECORD = """
+from fp8lib.job import quantizing
+quantizing.SLOW_TO_SAVE = float("inf")
+"""
+"""However slow the disk is, the manifest is saved with every record: operations are counted here."""
+
+
+def quantize(source: Path, output: Path, *flags: object, before: str = "", **options: object) -> forked.Ended:
+    before = EVERY_RECORD + before
+    return forked.run("--input_dir", source, "--output_dir", output, *flags, before=before, **options)
 
 
 def tree(folder: Path) -> dict[str, bytes]:

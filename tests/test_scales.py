@@ -698,7 +698,7 @@ def from_bits(bits: np.ndarray) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("calibration", ALL_MODES, ids=str)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(bits=BLOCK_OF_ANYTHING)
 def test_any_finite_block_has_a_finite_normal_scale_and_finite_weights(
     calibration: Calibration, bits: np.ndarray
@@ -710,7 +710,7 @@ def test_any_finite_block_has_a_finite_normal_scale_and_finite_weights(
 
 
 @pytest.mark.parametrize("calibration", ALL_MODES, ids=str)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(bits=BLOCK_OF_ANYTHING)
 def test_no_weight_is_off_by_more_than_half_a_step_unless_it_is_clipped(
     calibration: Calibration, bits: np.ndarray
@@ -728,7 +728,7 @@ def test_no_weight_is_off_by_more_than_half_a_step_unless_it_is_clipped(
     assert calibration.clips or calibration.mode == "mse" or not clipped.any()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(bits=BLOCK_OF_ANYTHING, factor=st.floats(1e-4, 1e2))
 def test_rms_with_any_factor_saturates_nothing(bits: np.ndarray, factor: float):
     weights = from_bits(bits)
@@ -751,7 +751,7 @@ BLOCK_OF_NORMALS = arrays(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(bits=BLOCK_OF_NORMALS, exponents=st.none() | st.lists(st.integers(-20, 20), min_size=12, max_size=12))
 def test_mse_meets_brute_force_on_any_small_block(bits: np.ndarray, exponents: list[int] | None):
     weights = from_bits(bits)

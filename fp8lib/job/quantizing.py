@@ -192,6 +192,10 @@ def _findings(
     )
 
 
+SLOW_TO_SAVE = 0.2
+"""Seconds from which on saving the manifest is put off where that loses no shard."""
+
+
 class _Journal:
     """Records results in the manifest on disk.
 
@@ -225,7 +229,7 @@ class _Journal:
         begun = time.monotonic()
         self._manifest.save(self._flags.output_dir)
         took = time.monotonic() - begun
-        self._saved, self._not_before = True, begun + (20 * took if took > 0.2 else 0)
+        self._saved, self._not_before = True, begun + (20 * took if took > SLOW_TO_SAVE else 0)
 
 
 @dataclass(frozen=True, slots=True)
