@@ -26,6 +26,7 @@ from fp8lib.streaming.convert import Nearest
 from fp8lib.streaming.devices import copy_without_waiting
 from fp8lib.streaming.factors import Factors
 from fp8lib.streaming.pipeline import process
+from fp8lib.streaming.scheduler import ToCheck
 from fp8lib.streaming.second_order import SecondOrder
 from fp8lib.streaming.shard_job import Settings
 from fp8lib.streaming.units import divide
@@ -33,6 +34,7 @@ from fp8lib.verification.claim import Claim
 from fp8lib.verification.measure import measure, measure_all
 from fp8lib.verification.pairing import planned_pairs
 from fp8lib.verification.shard_check import ShardCheck
+from fp8lib.verification.trial import Method, Trial
 from pretended_device import PretendedCuda, RaceError
 from test_scales import ALL_MODES, DTYPES, STATISTICS, mixed, three_levels, uneven_channels
 from test_second_order import moments
@@ -241,6 +243,44 @@ def test_second_order_rounding_and_its_measurement_are_those_of_the_cpu(tmp_path
         for field in ("error", "nearest"):
             assert getattr(mine.output, field) == pytest.approx(getattr(theirs.output, field), rel=1e-9)
     assert judged == 8  # in_proj_qkv, in_proj_z, three projections of two experts
+    assert cuda.contexts == {1}
+    assert not cuda.freed_early
+    assert "copy from pageable memory" not in cuda.waits
+
+
+def test_a_trial_measures_what_the_files_would_have_on_either_device(tmp_path: Path, checkpoint: Callable):
+    """With second moments and without; the CPU's figures are those of its files, to the last digit."""
+    source = checkpoint("moe_text", shards=2, num_hidden_layers=1, hidden_size=128, num_experts=2)
+    plan = make_plan(open_checkpoint(source))
+
+    def find(weight: str, columns: int) -> str | None:
+        return None if weight.startswith("mtp.") else str(columns)
+
+    def settings_on(name: str) -> Settings:
+        def read(entry: str) -> np.ndarray:
+            return moments(int(entry)).float().numpy()
+
+        factors = Factors(find, read, lambda entry, wrong: Fp8Error(wrong), 0.01, torch.device(name))
+        return Settings(SecondOrder(Calibration(), factors), torch.device(name), 2)
+
+    def tried(settings: Settings) -> list:
+        method = Method(settings.convert, powers_of_two=True)
+        trials = [Trial(shard.source, shard.matrices, (method,)) for shard in plan.shards]
+        work = [ToCheck(t.shard.name, t.shard.size, t, (t.shard,)) for t in trials]
+        done = sorted(process(work, tmp_path, settings), key=lambda d: d.name)
+        return [m for d in done for (m,) in d.check.measurements().values()]
+
+    cpu = settings_on("cpu")
+    _, files = run(source, tmp_path / "files", cpu, cpu.convert.factors)
+    expected = {m.name: m for m in chain(*files)}
+    assert {m.name: m.output or m for m in tried(cpu)} == {n: m.output or m for n, m in expected.items()}
+    with PretendedCuda(devices=2) as cuda:
+        found = tried(settings_on("cuda:1"))
+    assert {m.name for m in found} == expected.keys()
+    for m in found:
+        assert m.max_abs == expected[m.name].max_abs
+        if m.output is not None:
+            assert m.output.error == pytest.approx(expected[m.name].output.error, rel=1e-9)
     assert cuda.contexts == {1}
     assert not cuda.freed_early
     assert "copy from pageable memory" not in cuda.waits
