@@ -1,9 +1,11 @@
 """`--compare_outputs` from the command line: what is printed, judged, written and refused."""
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +15,9 @@ import forked
 import forked_ranks
 from forked_ranks import Rank
 from fp8lib.checkpoint.directory import open_checkpoint
+from fp8lib.job import comparing
 from fp8lib.outputs import layers
+from fp8lib.verification.health import Zone
 from test_layerwise import write_sparse
 
 pytestmark = pytest.mark.xdist_group("comparing")  # one server of forks for all
@@ -87,7 +91,6 @@ def test_nan_in_the_fp8_model_fails_and_its_layer_is_named(model, prompts, quant
                  "--prompts_file", prompts, *FEW)  # fmt: skip
     assert result.rc == 1
     assert "NaN or infinity behind model.language_model.layers.1" in result.out
-    assert result.out.rstrip().endswith("FAIL")
 
 
 def test_a_much_worse_perplexity_is_a_warning(model, prompts, quantized, copy_of, cli):
@@ -95,11 +98,27 @@ def test_a_much_worse_perplexity_is_a_warning(model, prompts, quantized, copy_of
     spoil(spoilt, "lm_head.weight", lambda t: t * 30)  # certain of what it knows nothing about
     result = cli("--input_dir", model, "--output_dir", spoilt, "--verify_only", "--compare_outputs",
                  "--prompts_file", prompts, *FEW)  # fmt: skip
-    assert result.rc == 0
+    assert result.rc == 1  # for the kept tensor that is not the input's
     assert re.search(
         r"Perplexity is [\d.]+ % worse than the original's, over 10 %", " ".join(result.out.split())
     )
     assert figure(result.out, "PPL(FP8)/PPL(BF16)") > 1.1
+
+
+@pytest.mark.parametrize(
+    ("not_finite", "ratio", "zone"),
+    [
+        (None, 0.9, Zone.GOOD),
+        (None, 1.1, Zone.GOOD),
+        (None, 1.1001, Zone.WARN),
+        (None, math.nan, Zone.WARN),
+        ("layers.1", 1.0, Zone.FAIL),
+    ],
+)
+def test_only_a_perplexity_over_10_percent_worse_and_nan_change_the_verdict(not_finite, ratio, zone):
+    overall = SimpleNamespace(ppl_ratio=SimpleNamespace(value=ratio))
+    found = SimpleNamespace(candidates=[SimpleNamespace(not_finite=not_finite, overall=overall)])
+    assert comparing.judge(found)[0] is zone
 
 
 def test_a_broken_original_is_refused(model, prompts, quantized, copy_of, cli):

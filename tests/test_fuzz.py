@@ -251,9 +251,9 @@ def reshape_group(draw: Callable, model: Model) -> None:
     dtype = draw(st.sampled_from(["BF16", "F16", "F32"]))
     for shard, name in model.tensors():
         shape = model.shards[shard][name].shape
-        if "gate_up" in name:
+        if "gate_up" in name and len(shape) == 3:
             model.shards[shard][name] = stored(draw, dtype, [shape[0], 2 * rows, columns])
-        elif name.endswith("experts.down_proj"):
+        elif name.endswith("experts.down_proj") and len(shape) == 3:
             model.shards[shard][name] = stored(draw, dtype, [shape[0], columns, rows])
         elif ".mlp." in name and "shared" not in name and len(shape) == 2:
             down = "down_proj" in name

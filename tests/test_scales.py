@@ -316,7 +316,7 @@ def test_rms_saturates_nothing_with_the_smallest_factor():
 # --- percentile --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("percentile", [0.01, 1.0, 37.5, 50.0, 99.0, 99.9, 99.99, 100.0])
+@pytest.mark.parametrize("percentile", [50.0, 62.5, 99.0, 99.9, 99.99, 100.0])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_percentile_scale_is_numpys_percentile_over_448(
@@ -332,7 +332,7 @@ def test_percentile_scale_is_numpys_percentile_over_448(
 @pytest.mark.parametrize("shape", [(1, 1), (1, 2), (2, 3)])
 def test_percentile_of_a_handful_of_weights(shape: tuple[int, int]):
     weights = gaussian(shape).bfloat16()
-    for percentile in (1.0, 50.0, 99.9):
+    for percentile in (50.0, 75.0, 99.9):
         exact = np.percentile(np.abs(reference.numpy64(weights)), percentile) / 448
         assert_is_rounded(scales_of(weights, bf16("percentile", percentile=percentile)).item(), exact)
 

@@ -179,8 +179,8 @@ def check_space(folder: Path, plan: Plan, state: State, measured: int) -> None:
         free = shutil.disk_usage(existing).free
         block = os.statvfs(existing).f_frsize
     sizes = [size for name, size in plan.file_sizes().items() if name not in state.finished]
-    # The manifest is replaced by a new one beside it; a shard or a measurement takes under 400 bytes of it.
-    sizes += 2 * [4096 + 400 * (2 * len(plan.shards) + measured)]
+    # The manifest is replaced by a new one beside it; a shard or a measurement takes under 700 bytes of it.
+    sizes += 2 * [4096 + 700 * (2 * len(plan.shards) + measured)]
     needed = sum(-(-size // block) * block for size in sizes)
     for path in (*state.remove, *state.leftovers):
         with suppress(FileNotFoundError):
