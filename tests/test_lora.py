@@ -290,8 +290,8 @@ def test_another_adapter_does_not_continue_a_run(
     assert "it was begun with adapters" in result.err
 
 
-def test_manifest_and_config_name_the_fingerprint_of_each_adapter(
-    adapted: Callable, quantized: Callable
+def test_manifest_config_and_report_name_the_fingerprint_of_each_adapter(
+    adapted: Callable, quantized: Callable, cli: Callable, tmp_path: Path
 ) -> None:
     base, adapters, _ = adapted("dense")
     folder = quantized(base, *lora(adapters))
@@ -300,6 +300,11 @@ def test_manifest_and_config_name_the_fingerprint_of_each_adapter(
     assert json.loads((folder / MANIFEST).read_text())["settings"]["adapters"] == expected
     config = json.loads((folder / CONFIG).read_text())
     assert config["quantization_config"]["producer"]["adapters"] == expected
+    report = tmp_path / "report.json"
+    flags = ("--input_dir", base, "--output_dir", folder, *lora(adapters), "--report", report)
+    for more in ((), ("--verify_only",)):
+        assert cli(*flags, *more).rc == 0
+        assert json.loads(report.read_text())["adapters"] == expected
     assert "adapters" not in json.loads((quantized(base) / MANIFEST).read_text())["settings"]
 
 

@@ -78,6 +78,7 @@ def make_document(
             "command": run.command,
             "flags": run.flags,
             "input": _input(run.original),
+            "adapters": found.adapters,
             "output": {"directory": run.output, "bytes": run.nbytes},
             "calibration": {"label": found.label, **asdict(found.calibration)},
             "totals": asdict(found.totals),
