@@ -34,23 +34,36 @@ settings.register_profile("no clock", deadline=None)
 settings.load_profile("no clock")
 SCRIPT = Path(quantize_fp8.__file__).resolve()
 SLOW = {
+    "test_auto",
+    "test_batches",
     "test_calibration",
+    "test_cli",
     "test_collect_cli",
     "test_collect_torchrun",
     "test_compare_outputs",
     "test_config_lies",
+    "test_damage",
+    "test_dequantize",
+    "test_eligibility",
+    "test_every_bit",
     "test_faults",
     "test_fuzz",
     "test_hostile_files",
     "test_layerwise",
     "test_layouts",
+    "test_lora",
+    "test_output_contract",
     "test_outputs",
+    "test_pretended_device",
     "test_report",
     "test_resume",
+    "test_rounding",
     "test_scale",
+    "test_second_moments",
+    "test_tensor_parallel",
     "test_torchrun",
 }
-"""Files that `make check` leaves out: whole models by transformers, hundreds of runs, real torchrun."""
+"""Files that `make check` leaves out: whole models by transformers, many runs, real torchrun."""
 
 
 @dataclass(frozen=True)
