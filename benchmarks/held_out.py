@@ -25,10 +25,10 @@ sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 
 import machine
 import tiny_checkpoints
+from trained import learning, store
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = {"num_hidden_layers": 4, "hidden_size": 256, "intermediate_size": 768}
@@ -98,29 +98,18 @@ def train(folder: Path, kind: str, sizes: dict, texts: list[str], steps: int, se
     name = {"dense": "text", "moe": "moe_text"}[kind]
     tiny_checkpoints.build(folder, name, mtp=False, tokenizer=True, seed=seed, **sizes)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    generator = torch.Generator().manual_seed(seed)
     tokens = torch.tensor([list(text.encode()) for text in texts])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
     ids = _ids(folder)
     begun = time.monotonic()
-    for step in range(steps):
-        batch = ids[tokens[torch.randint(len(tokens), (8,), generator=generator)]]
-        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 20 == 19:
+
+    def draw(generator: torch.Generator) -> torch.Tensor:
+        return ids[tokens[torch.randint(len(tokens), (8,), generator=generator)]]
+
+    for step, loss in enumerate(learning(model, draw, steps, RATE, seed), 1):
+        if step % 20 == 0:
             took = time.monotonic() - begun
-            print(f"step {step + 1}/{steps}: loss {loss:.3f}, {took:.0f} s", file=sys.stderr, flush=True)
-    file = folder / "model.safetensors"
-    names = load_file(file).keys()
-    state = {name: tensor.bfloat16().contiguous() for name, tensor in model.state_dict().items()}
-    assert state.keys() == set(names), "build and transformers name the tensors alike"
-    file.unlink()
-    save_file(state, file, metadata={"format": "pt"})
+            print(f"step {step}/{steps}: loss {loss:.3f}, {took:.0f} s", file=sys.stderr, flush=True)
+    store(model, folder)
 
 
 def _ids(folder: Path) -> torch.Tensor:

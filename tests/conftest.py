@@ -4,6 +4,7 @@ once         a directory, made once per session, whichever of pytest-xdist's wor
 checkpoint   such a directory of `tiny_checkpoints.build`: read it, never change it
 quantized    such a directory with the output of a run: read it, never change it
 trained      a tiny model that learned something, made once per session: read it, never change it
+one_thread   torch computes with one thread during the test
 copy_of      a copy of a checkpoint that a test may spoil
 cli          `quantize_fp8.main` in this process: quick, for what the tool does
 run          `quantize_fp8.py` as a process of its own: for what a user's terminal, umask or imports see
@@ -17,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -155,6 +156,15 @@ def trained(once: Callable[..., Path]) -> Path:
     from trained import train
 
     return once("trained", "text", train)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Where matrices are tiny, threads would only wait for each other."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(count)
 
 
 @pytest.fixture

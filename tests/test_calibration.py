@@ -2,7 +2,6 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 
 import numpy as np
@@ -33,13 +32,7 @@ LINEARS = {  # the module that sees an input first -> the weights it feeds
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Matrices are tiny here: threads would only wait for each other."""
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(count)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- an independent computation ----------------------------------------------------------------

@@ -1,7 +1,7 @@
 """What two models say: streams, head and figures against whole models, dense logits and other formulas."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,13 +27,7 @@ KINDS = [("moe", "fused"), ("moe_text", "per_expert"), ("dense", "fused"), ("tex
 WEIGHT_ONLY = Serving(quantizes_activations=False)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Matrices are tiny here: threads would only wait for each other."""
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(count)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def compared(

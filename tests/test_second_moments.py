@@ -3,7 +3,7 @@
 import contextlib
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -33,12 +33,7 @@ TINY = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attent
 MOE = ("moe_text", TINY | {"tokenizer": True})
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(count)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def collect(*arguments: object) -> tuple[int, str, str]:

@@ -6,6 +6,7 @@ texts that come with Python (`pydoc_data.topics`), byte by byte, with fixed seed
 """
 
 import random
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from pydoc_data import topics
 
@@ -52,28 +53,41 @@ def train(folder: Path, kind: str = "text", seed: int = 0) -> Path:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokens = torch.tensor(tokenizer(text()[:-HELD_OUT], verbose=False)["input_ids"])
-    _fit(model, tokens, seed)
-    _store(model, folder)
+
+    def draw(generator: torch.Generator) -> torch.Tensor:
+        starts = torch.randint(len(tokens) - LENGTH, (BATCH, 1), generator=generator)
+        return tokens[starts + torch.arange(LENGTH)]
+
+    model.train()
+    for _ in learning(model, draw, STEPS, RATE, seed):
+        pass
+    store(model, folder)
     return folder
 
 
-def _fit(model: transformers.PreTrainedModel, tokens: torch.Tensor, seed: int) -> None:
+def learning(
+    model: transformers.PreTrainedModel,
+    draw: Callable[[torch.Generator], torch.Tensor],
+    steps: int,
+    rate: float,
+    seed: int,
+) -> Iterator[torch.Tensor]:
+    """Train a model on batches of tokens that `draw` gives; yields the loss of each step."""
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS)
-    model.train()
-    for _ in range(STEPS):
-        starts = torch.randint(len(tokens) - LENGTH, (BATCH, 1), generator=generator)
-        batch = tokens[starts + torch.arange(LENGTH)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
+    for _ in range(steps):
+        batch = draw(generator)
         loss = model(input_ids=batch, labels=batch, use_cache=False).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
+        yield loss
 
 
-def _store(model: transformers.PreTrainedModel, folder: Path) -> None:
+def store(model: transformers.PreTrainedModel, folder: Path) -> None:
     """Put the weights where `build` put the first ones, in BF16."""
     file = folder / "model.safetensors"
     names = load_file(file).keys()

@@ -8,7 +8,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,7 +33,7 @@ from fp8lib.job.forward_passes import (
 )
 from fp8lib.job.ranks import Ranks
 from fp8lib.model.prompts import Batch, Prompt, make_batches, read_prompts, require_tokenizer
-from fp8lib.streaming.writer import partial_path, refusing_disk_errors
+from fp8lib.streaming.writer import refuse_unwritable
 from fp8lib.terminal import Talk, size
 
 if TYPE_CHECKING:  # most refusals need no library, and come faster without
@@ -216,13 +216,7 @@ def _check_output(path: Path) -> None:
         raise Fp8Error(f"{printable(path.parent)}: no such directory; make it first, or check --output")
     if path.exists() and not looks_like_statistics(path):
         raise Fp8Error(f"{shown}: exists and is no statistics file; choose another name, or remove it")
-    probe = partial_path(path)
-    try:
-        with refusing_disk_errors(path):
-            probe.open("wb").close()
-    finally:
-        with suppress(OSError):
-            probe.unlink(missing_ok=True)
+    refuse_unwritable(path)
 
 
 def _device(flags: Namespace, ranks: Ranks) -> "torch.device | None":

@@ -27,7 +27,7 @@ from fp8lib.job.forward_passes import (
 )
 from fp8lib.job.ranks import Ranks
 from fp8lib.model.prompts import Batch, make_batches, read_prompts, require_tokenizer
-from fp8lib.streaming.writer import partial_path, refusing_disk_errors, write_file
+from fp8lib.streaming.writer import refuse_unwritable, write_file
 from fp8lib.terminal import Talk, size
 from fp8lib.verification.health import Zone
 
@@ -295,13 +295,7 @@ def _check_logits_out(flags: Namespace) -> None:
             raise Fp8Error(f"{shown}: engines would take it for weights there; put it outside of the model")
     if os.path.lexists(path) and not _is_logits(path):
         raise Fp8Error(f"{shown}: exists and holds something else; choose another name, or remove it")
-    probe = partial_path(path)
-    try:
-        with refusing_disk_errors(path):
-            probe.open("wb").close()
-    finally:
-        with suppress(OSError):
-            probe.unlink(missing_ok=True)
+    refuse_unwritable(path)
 
 
 def _is_logits(path: Path) -> bool:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from fp8lib import Fp8Error
 from fp8lib.checkpoint.directory import open_checkpoint
 from fp8lib.checkpoint.untrusted import open_regular, printable
-from fp8lib.streaming.writer import partial_path, refusing_disk_errors, write_file
+from fp8lib.streaming.writer import refuse_unwritable, write_file
 from fp8lib.verification.findings import Findings
 from fp8lib.verification.health import Zone
 
@@ -64,7 +64,7 @@ def check(flags: Namespace) -> None:
                 f"{shown}: a page needs {' and '.join(missing)}, which {_is(missing)} not installed; "
                 f"pip install {' '.join(missing)}, or name the report *.json"
             )
-        _probe(path)
+        refuse_unwritable(path)
     if len({path.suffix for path in paths}) < len(paths):
         raise Fp8Error("--report: twice with one suffix; give one *.json and one *.html at most")
 
@@ -147,14 +147,3 @@ def _is_report(path: Path) -> bool:
 
 def _is(names: list[str]) -> str:
     return "is" if len(names) == 1 else "are"
-
-
-def _probe(path: Path) -> None:
-    """Refuse a file that cannot be created."""
-    probe = partial_path(path)
-    try:
-        with refusing_disk_errors(path):
-            probe.open("wb").close()
-    finally:
-        with suppress(OSError):
-            probe.unlink(missing_ok=True)

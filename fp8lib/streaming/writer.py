@@ -31,6 +31,21 @@ def partial_path(path: Path) -> Path:
     return path.with_name(f".{stem}.partial")
 
 
+def refuse_unwritable(path: Path) -> None:
+    """Refuse a file that could not be written later, by creating its partial file and removing it.
+
+    Raises:
+        Fp8Error: names the file and says why.
+    """
+    probe = partial_path(path)
+    try:
+        with refusing_disk_errors(path):
+            probe.open("wb").close()
+    finally:
+        with suppress(OSError):
+            probe.unlink(missing_ok=True)
+
+
 class ShardWriter:
     """Writes one file by offsets.
 
