@@ -14,9 +14,14 @@ from fp8lib.numerics.scales import block_scales
 _MODES = {True: Calibration("mse", scale_format="ue8m0"), False: Calibration("mse", scale_format="bf16")}
 
 
-def best_scales(weights: torch.Tensor, powers_of_two: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales with the least squared error, and each block's largest weight: `block_scales` of mode `mse`."""
-    return block_scales(weights, _MODES[powers_of_two])
+def best_scales(
+    weights: torch.Tensor, magnitudes: torch.Tensor, powers_of_two: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales with the least squared error, and each block's largest weight: `block_scales` of mode `mse`.
+
+    `magnitudes` are the weights' `magnitude_bits`.
+    """
+    return block_scales(weights, _MODES[powers_of_two], magnitudes=magnitudes)
 
 
 def not_nearest(weights: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

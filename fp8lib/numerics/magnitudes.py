@@ -23,39 +23,44 @@ TOP = 2.0**10
 """What is counted exactly is below this, in units of the scale's leading power of two."""
 SHARE = 16
 """Bins whose sums are taken together: an eighth of an octave."""
+_LOUD = 5
+_LOUD_BINS = (10 - _LOUD) * 128
+"""Bins of 2^_LOUD scales and more: the largest errors are there, unless a block has none such."""
 _CPU_GROUP = 2**15 // BINS
 """Blocks that are counted at a time on a CPU: as many as a 16-bit index tells apart."""
 
 
-def histogram(weights: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def histogram(magnitudes: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """How often each magnitude is in each block.
 
     Args:
-        weights: [Rb * 128, Cb * 128]; F16 and F32 count as their nearest BF16.
+        magnitudes: `magnitude_bits` of weights, int16 [Rb * 128, Cb * 128].
         scales: [Rb, Cb], BF16 or F32.
 
     Returns:
-        (int64 [Rb * Cb, BINS], int32 [Rb * Cb, 1]: the BF16 bits that bin 1 stands for; bin b stands for
+        (float64 [Rb * Cb, BINS], int32 [Rb * Cb, 1]: the BF16 bits that bin 1 stands for; bin b stands for
         b - 1 more).
     """
-    (row_blocks, column_blocks), count, device = scales.shape, scales.numel(), weights.device
+    (row_blocks, column_blocks), count, device = scales.shape, scales.numel(), magnitudes.device
     power = magnitude_bits(leading_power(scales.float())).to(torch.int32)
     first = (power - (_OCTAVES_BELOW << 7)).clamp_(1, 0x7F80 - _COUNTED).view(-1, 1)
     on_cpu = device.type == "cpu"
     group = min(_CPU_GROUP if on_cpu else count, count)
     base = (first.view(-1, 1, 1) - 1).to(torch.int16 if on_cpu else torch.int32)
     offsets = (torch.arange(count, dtype=base.dtype, device=device) % group * BINS).view(-1, 1, 1)
-    index = torch.empty(row_blocks, column_blocks, BLOCK, BLOCK, dtype=base.dtype, device=device)
-    split = magnitude_bits(weights).view(row_blocks, BLOCK, column_blocks, BLOCK).transpose(1, 2)
-    torch.maximum(split, base.view(row_blocks, column_blocks, 1, 1), out=index)
-    index = index.view(count, BLOCK, BLOCK).sub_(base).clamp_(max=BINS - 1).add_(offsets)
+    blocked = torch.empty(row_blocks, column_blocks, BLOCK, BLOCK, dtype=base.dtype, device=device)
+    split = magnitudes.view(row_blocks, BLOCK, column_blocks, BLOCK).transpose(1, 2)
+    torch.maximum(split, base.view(row_blocks, column_blocks, 1, 1), out=blocked)
+    index = blocked.view(count, BLOCK, BLOCK)
+    torch.minimum(index, base + (BINS - 1), out=index).add_(offsets - base)
     if not on_cpu:  # `bincount` waits for the device
         counts = torch.zeros(count * BINS, dtype=torch.int64, device=device)
         ones = torch.ones((), dtype=torch.int64, device=device).expand(index.numel())
-        return counts.scatter_add_(0, index.view(-1).long(), ones).view(count, BINS), first
-    parts = index.view(-1).split(group * BLOCK * BLOCK)
-    counts = [torch.bincount(part, minlength=len(part) // BLOCK // BLOCK * BINS) for part in parts]
-    return torch.cat(counts).view(count, BINS), first
+        return counts.scatter_add_(0, index.view(-1).long(), ones).double().view(count, BINS), first
+    counts = torch.empty(count, BINS, dtype=torch.float64)
+    for part, found in zip(index.split(group), counts.split(group), strict=True):
+        found.view(-1).copy_(torch.bincount(part.view(-1), minlength=found.numel()))
+    return counts, first
 
 
 def magnitudes(first: torch.Tensor) -> torch.Tensor:
@@ -99,49 +104,57 @@ def _unit() -> torch.Tensor:
 
 @table
 def _unit_errors() -> torch.Tensor:
-    """|v - r| of the bins of a block whose scale is 1, float32 [1, BINS - 1]."""
+    """|v - r| of the bins of a block whose scale is 1, float32 [1, BINS - 1]: exact."""
     return _unit(torch.device("cpu"))[..., ABSOLUTE].reshape(1, -1).float()
 
 
-def sums_under_powers(counts: torch.Tensor, powers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def sums_under_powers(
+    counts: torch.Tensor, powers: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sums of `terms` over the weights of blocks under power-of-two scales.
 
     Args:
-        counts: int64 [n, BINS].
+        counts: float64 [n, BINS].
         powers: float32 [n, 1].
 
     Returns:
-        (float64 [n, m, 6]: of each m-th of the bins but the first; float64 [n]: largest |v - r|).
+        (float64 [n, m, 6]: of each m-th of the bins but the first; float64 [n, 1, 6]: the units these are
+        in; float64 []: largest |v - r|).
     """
-    unit = _unit(counts.device)
-    shares = counts[:, 1:].double().view(len(counts), -1, SHARE)
-    found = torch.bmm(shares.transpose(0, 1), unit).transpose(0, 1)
+    shares = counts[:, 1:].view(len(counts), -1, SHARE)
+    found = torch.bmm(shares.transpose(0, 1), _unit(counts.device)).transpose(0, 1)
     s = powers.double().unsqueeze(-1)
     one = torch.ones_like(s)
     units = torch.cat([s * s, s * s, s, s * s, one, one], dim=-1)
-    max_abs = _largest(counts, _unit_errors(counts.device))
-    return found * units, max_abs.double() * powers.double().view(-1)
+    errors = _unit_errors(counts.device)
+    if counts.device.type == "cpu":
+        # A weight below 2^_LOUD scales is off by a 32nd of that at most: hardly ever by the most.
+        largest = (_largest(counts[:, -_LOUD_BINS:], errors[:, -_LOUD_BINS:]) * s.view(-1)).amax()
+        if largest >= 2.0 ** (_LOUD - 5) * s.amax():
+            return found, units, largest
+    return found, units, (_largest(counts[:, 1:], errors) * s.view(-1)).amax()
 
 
 def sums(
     counts: torch.Tensor, values: torch.Tensor, restored: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The same for any scales, from the magnitudes and what became of them: float32 [n, BINS - 1]."""
-    times = counts[:, 1:].double()
+    times = counts[:, 1:]
     found = [(times * term).view(len(counts), -1, SHARE).sum(dim=2) for term in terms(values, restored)]
-    return torch.stack(found, dim=-1), _largest(counts, (values - restored).abs_()).double()
+    found = torch.stack(found, dim=-1)
+    return found, torch.ones_like(found[:, :1]), _largest(times, (values - restored).abs_()).amax().double()
 
 
 def _largest(counts: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Largest value of the bins that are not empty, [n]."""
-    return torch.where(counts[:, 1:] > 0, values, 0.0).amax(dim=1)
+    """Largest value of the bins that are not empty, [n]; as many values as counts."""
+    return torch.where(counts > 0, values, 0.0).amax(dim=1)
 
 
 def smaller_half(counts: torch.Tensor) -> torch.Tensor:
     """Which shares of the bins hold the smaller half of a block's weights, the median's included.
 
     Args:
-        counts: [n, m], of weights that are not zero.
+        counts: float64 [n, m], of weights that are not zero.
 
     Returns:
         bool [n, m].

@@ -39,13 +39,15 @@ class Prepared:
 
     Attributes:
         weights, codes, scales: as in the files, padded.
+        magnitudes: `magnitude_bits` of the weights.
         best, amax: scales with the least squared error, and the largest weight, of each block.
         counts, first: `histogram` of the weights.
         wrong: which codes are not the nearest.
         doubtful: blocks that another scale, or the nearest codes, might lose less in.
         known: largest weight, whether the counts are enough, whether engines change nothing, whether all
-            scales are powers of two, the number of doubtful blocks, and of weights in the first bin:
-            on a CPU all, elsewhere those that are not zero; float32 [6].
+            scales are powers of two, the number of doubtful blocks, of weights in the first bin (on a CPU
+            all, elsewhere those that are not zero), and of blocks with a code that is not the nearest;
+            float32 [7].
     """
 
     def __init__(
@@ -53,8 +55,9 @@ class Prepared:
     ) -> None:
         self.weights, self.scales = pad_to_blocks(weights), scales
         self.codes = pad_to_blocks(codes.view(torch.uint8)).view(codes.dtype)
-        self.best, self.amax = best_scales(self.weights, powers_of_two)
-        self.counts, self.first = histogram(self.weights, scales)
+        self.magnitudes = magnitude_bits(self.weights)
+        self.best, self.amax = best_scales(self.weights, self.magnitudes, powers_of_two)
+        self.counts, self.first = histogram(self.magnitudes, scales)
         self.wrong = not_nearest(self.weights, self.codes, scales)
         eight = self.wrong.view(torch.int64).view(len(scales), BLOCK, -1, BLOCK // 8)
         wrong = eight.amax(dim=(1, 3)) > 0
@@ -62,12 +65,12 @@ class Prepared:
         power = leading_power(scales.float())
         sound = (scales > 0) & scales.isfinite() & (self.amax < TOP * power) & ~wrong
         countable = sound.all() & (weights.dtype == torch.bfloat16)
-        same = is_served_as_written(codes, scales)
+        same = is_served_as_written(scales)
         # On a CPU this takes more time than it saves waiting, and is rarely needed.
         on_cpu = weights.device.type == "cpu"
         facts = (self.amax.amax(), countable, same, (power == scales).all())
         zeros = self.counts[0, 0] * 0 if on_cpu else (~_is_nonzero(self.weights)).count_nonzero()
-        facts += self.doubtful.sum(), self.counts[:, 0].sum() - zeros
+        facts += self.doubtful.sum(), self.counts[:, 0].sum() - zeros, wrong.sum()
         self.known = torch.stack([fact.float() for fact in facts])
 
 
@@ -79,7 +82,7 @@ def all_sums(piece: Prepared, known: list[float], again: torch.Tensor | None) ->
         known: its `known`.
         again: scales as they should be; None where nobody knows.
     """
-    amax, countable, same, powers, doubtful, first = known
+    amax, countable, same, powers, doubtful, first, wrong = known
     if first and piece.weights.device.type == "cpu":
         first -= int((~_is_nonzero(piece.weights)).count_nonzero())
     countable = countable and not first
@@ -92,7 +95,7 @@ def all_sums(piece: Prepared, known: list[float], again: torch.Tensor | None) ->
     other = torch.zeros_like(found[0])
     if again is not None:
         other = (again.float() != piece.scales.float()).sum()
-    found += [piece.wrong.count_nonzero(), other]
+    found += [piece.wrong.count_nonzero() if wrong else torch.zeros_like(other), other]
     return torch.stack([value.double() for value in found])
 
 
@@ -103,16 +106,17 @@ def _over_counts(piece: Prepared, chosen: torch.Tensor, same: bool, powers: bool
     """The sums, from the magnitudes in each block and how often they are there."""
     counts, scales = piece.counts, piece.scales.float().view(-1, 1)
     if powers:
-        written, max_abs = sums_under_powers(counts, scales)
+        written, units, max_abs = sums_under_powers(counts, scales)
     else:
         values = magnitudes(piece.first)
         restored = rounded(values, scales)
-        written, max_abs = sums(counts, values, restored)
-    in_file = _fields(written, max_abs)
-    least = written[..., LOST].sum(dim=1)
+        written, units, max_abs = sums(counts, values, restored)
+    of_blocks = written.sum(dim=1) * units.squeeze(1)
+    whole, least = of_blocks.sum(dim=0), of_blocks[:, LOST]
+    in_file = _fields(whole, max_abs)
     if len(chosen):
         some, best = magnitudes(piece.first[chosen]), piece.best.float().view(-1, 1)[chosen]
-        found, _ = sums(counts[chosen], some, rounded(some, best))
+        found, _, _ = sums(counts[chosen], some, rounded(some, best))
         least[chosen] = torch.minimum(least[chosen], found[..., LOST].sum(dim=1))
     quiet = smaller_half(written[..., COUNT])
     bulk = _ratio((written[..., LOST] * quiet).sum(dim=1), (written[..., ENERGY] * quiet).sum(dim=1)).amax()
@@ -123,16 +127,15 @@ def _over_counts(piece: Prepared, chosen: torch.Tensor, same: bool, powers: bool
             restored = rounded(values, scales)
         largest = torch.where(counts[:, 1:] > 0, restored, 0.0).amax(dim=1, keepdim=True)
         again = requantized(restored, covering_scale(largest))
-        served = _fields(*sums(counts, values, again))
+        sums_served, _, max_abs = sums(counts, values, again)
+        served = _fields(sums_served.sum(dim=(0, 1)), max_abs)
         changed = (counts[:, 1:] * (again != restored)).sum()
-    whole = written.sum(dim=(0, 1))
     return [*in_file, *served, whole[ENERGY], least.sum(), bulk, whole[COUNT], whole[ZEROED], changed]
 
 
-def _fields(sums: torch.Tensor, max_abs: torch.Tensor) -> list[torch.Tensor]:
-    """The fields of `measure.Sums`."""
-    whole = sums.sum(dim=(0, 1))
-    return [whole[RESTORED], whole[LOST], whole[ABSOLUTE], max_abs.amax()]
+def _fields(whole: torch.Tensor, max_abs: torch.Tensor) -> list[torch.Tensor]:
+    """The fields of `measure.Sums`, from sums of `terms` [6]."""
+    return [whole[RESTORED], whole[LOST], whole[ABSOLUTE], max_abs]
 
 
 def _ratio(part: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
@@ -195,7 +198,7 @@ def _in_smaller_half(piece: Prepared, nonzero: torch.Tensor) -> torch.Tensor:
     shares = torch.cat([counts[:, :1], counts[:, 1:].view(len(counts), -1, SHARE).sum(dim=2)], dim=1)
     last = smaller_half(shares).sum(dim=1, keepdim=True)
     largest = torch.where(last < shares.shape[1], piece.first + (last - 1) * SHARE, 1 << 15)
-    bits = magnitude_bits(piece.weights).view(len(piece.scales), BLOCK, -1, BLOCK)
+    bits = piece.magnitudes.view(len(piece.scales), BLOCK, -1, BLOCK)
     return nonzero & (bits < largest.view(len(piece.scales), 1, -1, 1)).view(nonzero.shape)
 
 
