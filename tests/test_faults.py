@@ -613,6 +613,8 @@ threading.Timer(0.2, term).start()  # when it waits already
     join = f"import os; open({str(slow_disk / 'cgroup.procs')!r}, 'w').write(str(os.getpid()))"
     before = f"{join}; from fp8lib.streaming import direct, writer; {writes}"
     ended = quantize(source, output, before=before, at=At(operation, number, ".safetensors", term))
+    if not (tmp_path / "then").exists():
+        pytest.skip("the disk was not slow: the kernel wrote for the group, on its own account")
     assert ended.rc == 128 + signal.SIGTERM
     then, at_last = (
         sum(int(line.split()[2]) for line in path.read_text().splitlines() if " Write " in line)

@@ -102,6 +102,20 @@ def test_figures_are_those_of_their_definitions(make, dtype: torch.dtype, mode: 
     assert found.bulk_error == pytest.approx(expected[2], rel=1e-5)
 
 
+@pytest.mark.parametrize("power", [-112, -100, -60, 60, 131])
+def test_weights_and_scales_that_grow_together_lose_the_same(power: int):
+    weights = gaussian((128, 256)).bfloat16()
+    weights[weights.abs() < 2.0**-12] = 0  # those that would be subnormal numbers
+    plain, grown = (
+        measured(w, Calibration())
+        for w in (weights, weights * 2.0 ** (power // 2) * 2.0 ** (power - power // 2))
+    )
+    for name in ("cosine", "relative", "bulk_error", "zero_share", "vs_best"):
+        assert getattr(grown, name) == pytest.approx(getattr(plain, name), rel=1e-12), name
+    for name in ("amax", "mean_abs", "max_abs"):
+        assert getattr(grown, name) == pytest.approx(getattr(plain, name) * 2.0**power, rel=1e-12), name
+
+
 @pytest.mark.parametrize("scale_format", SCALE_FORMATS)
 def test_the_best_scales_are_as_good_as_the_best(scale_format: str):
     calibration = Calibration("mse", scale_format=scale_format)

@@ -68,8 +68,8 @@ def test_measuring_waits_twice_unless_scales_are_searched() -> None:
         for row in count_others(matrices, 128, 128):
             if row["kernel"].startswith("measured"):
                 # Sums of each piece by itself, as on a CPU. Where scales are no powers of two the best of all
-                # is searched, as `mse` does, with its three waits.
+                # is searched, as `mse` does, with its three waits, and which blocks may profit goes up.
                 searched = row["kernel"].endswith("bf16")
-                assert row["waits"] <= 2 + 3 * matrices * searched, row
+                assert row["waits"] <= 2 + 5 * matrices * searched, row
                 assert row["launches"] <= (320 if searched else 160) * matrices, row
-                assert row["up, bytes/weight"] <= 3 + 2 / 128**2, row
+                assert row["up, bytes/weight"] <= 3 + (2 + 16 * searched) / 128**2, row

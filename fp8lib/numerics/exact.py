@@ -21,6 +21,14 @@ def magnitude_bits(weights: torch.Tensor) -> torch.Tensor:
     return weights.bfloat16().view(torch.int16) & _BF16_MAGNITUDE
 
 
+def blocked_magnitudes(weights: torch.Tensor) -> torch.Tensor:
+    """`magnitude_bits` of [Rb * 128, Cb * 128], block by block: int16 [Rb, Cb, 128, 128], contiguous."""
+    rows, columns = weights.shape
+    split = weights.bfloat16().view(torch.int16).view(rows // BLOCK, BLOCK, columns // BLOCK, BLOCK)
+    found = torch.empty_like(split.transpose(1, 2), memory_format=torch.contiguous_format)
+    return torch.bitwise_and(split.transpose(1, 2), _BF16_MAGNITUDE, out=found)
+
+
 def blocked_copy(values: torch.Tensor) -> torch.Tensor:
     """[rows, columns] -> [Rb, Cb, 128*128], a copy in which each block is contiguous."""
     rows, columns = values.shape

@@ -13,14 +13,16 @@ import torch
 
 from fp8lib.numerics.blocks import BLOCK
 from fp8lib.numerics.e4m3 import DTYPE, MAX, decode
-from fp8lib.numerics.exact import leading_power, magnitude_bits
 from fp8lib.numerics.tables import table
 
+_BF16_EXPONENT = 0x7F80
 _OCTAVES_BELOW = 20
 _COUNTED = 30 * 128
 BINS = 1 + _COUNTED
 TOP = 2.0**10
 """What is counted exactly is below this, in units of the scale's leading power of two."""
+ALIGNED = 2.0 ** (_OCTAVES_BELOW - 126), 2.0 ** (_OCTAVES_BELOW - 126 + 224)
+"""Between these scales the bins begin _OCTAVES_BELOW octaves below them, elsewhere where BF16 does."""
 SHARE = 16
 """Bins whose sums are taken together: an eighth of an octave."""
 _LOUD = 5
@@ -34,33 +36,32 @@ def histogram(magnitudes: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Ten
     """How often each magnitude is in each block.
 
     Args:
-        magnitudes: `magnitude_bits` of weights, int16 [Rb * 128, Cb * 128].
+        magnitudes: `blocked_magnitudes` of weights, int16 [Rb, Cb, 128, 128]; may be overwritten.
         scales: [Rb, Cb], BF16 or F32.
 
     Returns:
         (float64 [Rb * Cb, BINS], int32 [Rb * Cb, 1]: the BF16 bits that bin 1 stands for; bin b stands for
         b - 1 more).
     """
-    (row_blocks, column_blocks), count, device = scales.shape, scales.numel(), magnitudes.device
-    power = magnitude_bits(leading_power(scales.float())).to(torch.int32)
-    first = (power - (_OCTAVES_BELOW << 7)).clamp_(1, 0x7F80 - _COUNTED).view(-1, 1)
+    count, device = scales.numel(), magnitudes.device
     on_cpu = device.type == "cpu"
-    group = min(_CPU_GROUP if on_cpu else count, count)
-    base = (first.view(-1, 1, 1) - 1).to(torch.int16 if on_cpu else torch.int32)
-    offsets = (torch.arange(count, dtype=base.dtype, device=device) % group * BINS).view(-1, 1, 1)
-    blocked = torch.empty(row_blocks, column_blocks, BLOCK, BLOCK, dtype=base.dtype, device=device)
-    split = magnitudes.view(row_blocks, BLOCK, column_blocks, BLOCK).transpose(1, 2)
-    torch.maximum(split, base.view(row_blocks, column_blocks, 1, 1), out=blocked)
-    index = blocked.view(count, BLOCK, BLOCK)
+    exponent = (scales.float().view(torch.int32) >> 16) & _BF16_EXPONENT
+    first = (exponent - (_OCTAVES_BELOW << 7)).clamp_(SHARE, 0x7F80 - _COUNTED)
+    base = (first - 1).to(torch.int16 if on_cpu else torch.int32).view(*scales.shape, 1, 1)
+    index = magnitudes if on_cpu else torch.empty_like(magnitudes, dtype=base.dtype)
+    torch.maximum(magnitudes, base, out=index)
+    group = _CPU_GROUP if on_cpu else count
+    offsets = torch.arange(count, dtype=base.dtype, device=device).remainder_(group).mul_(BINS).view_as(base)
     torch.minimum(index, base + (BINS - 1), out=index).add_(offsets - base)
-    if not on_cpu:  # `bincount` waits for the device
+    if on_cpu:
+        parts = index.view(-1).split(group * BLOCK * BLOCK)
+        found = [torch.bincount(part, minlength=len(part) // BLOCK // BLOCK * BINS) for part in parts]
+        counts = torch.cat(found, out=torch.empty(count * BINS, dtype=torch.float64))
+    else:  # `bincount` waits for the device
         counts = torch.zeros(count * BINS, dtype=torch.int64, device=device)
         ones = torch.ones((), dtype=torch.int64, device=device).expand(index.numel())
-        return counts.scatter_add_(0, index.view(-1).long(), ones).double().view(count, BINS), first
-    counts = torch.empty(count, BINS, dtype=torch.float64)
-    for part, found in zip(index.split(group), counts.split(group), strict=True):
-        found.view(-1).copy_(torch.bincount(part.view(-1), minlength=found.numel()))
-    return counts, first
+        counts = counts.scatter_add_(0, index.view(-1).long(), ones).double()
+    return counts.view(count, BINS), first.view(-1, 1)
 
 
 def magnitudes(first: torch.Tensor) -> torch.Tensor:
@@ -83,15 +84,17 @@ def rounded(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     return decode((values / scales).clamp_(max=MAX).to(DTYPE)).mul_(scales)
 
 
-ENERGY, RESTORED, ABSOLUTE, LOST, ZEROED, COUNT = range(6)
+ENERGY, LOST, RESTORED, ABSOLUTE, ZEROED, COUNT = range(6)
 """The order of `terms`."""
+UNITS = (2, 2, 2, 1, 0, 0)
+"""By which power of the scale each of them grows, where weights and scale grow together."""
 
 
 def terms(values: torch.Tensor, restored: torch.Tensor) -> list[torch.Tensor]:
-    """What is summed for every weight: v^2, r^2, |v - r|, (v - r)^2, whether r is 0, and 1; float64."""
+    """What is summed for every weight: v^2, (v - r)^2, r^2, |v - r|, whether r is 0, and 1; float64."""
     v, r = values.double(), restored.double()
     d = (v - r).abs_()
-    return [v * v, r * r, d, d * d, (r == 0).double(), torch.ones_like(v)]
+    return [v * v, d * d, r * r, d, (r == 0).double(), torch.ones_like(v)]
 
 
 @table
@@ -108,46 +111,48 @@ def _unit_errors() -> torch.Tensor:
     return _unit(torch.device("cpu"))[..., ABSOLUTE].reshape(1, -1).float()
 
 
-def sums_under_powers(
-    counts: torch.Tensor, powers: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Sums of `terms` over the weights of blocks under power-of-two scales.
+def sums_under_powers(counts: torch.Tensor) -> torch.Tensor:
+    """Sums of `terms` over the weights of blocks under scales that are powers of two.
 
     Args:
         counts: float64 [n, BINS].
-        powers: float32 [n, 1].
 
     Returns:
-        (float64 [n, m, 6]: of each m-th of the bins but the first; float64 [n, 1, 6]: the units these are
-        in; float64 []: largest |v - r|).
+        float64 [n, m, 6], of each m-th of the bins but the first; their UNITS are powers of the scales, which
+        must be ALIGNED.
     """
     shares = counts[:, 1:].view(len(counts), -1, SHARE)
-    found = torch.bmm(shares.transpose(0, 1), _unit(counts.device)).transpose(0, 1)
-    s = powers.double().unsqueeze(-1)
-    one = torch.ones_like(s)
-    units = torch.cat([s * s, s * s, s, s * s, one, one], dim=-1)
+    return torch.bmm(shares.transpose(0, 1), _unit(counts.device)).transpose(0, 1)
+
+
+def largest_under_powers(counts: torch.Tensor, powers: torch.Tensor) -> torch.Tensor:
+    """Largest |v - r| under power-of-two scales, float32 [n, 1], of each block or at least of all of them.
+
+    Args:
+        counts: float64 [n, BINS].
+        powers: float32 [n, 1], ALIGNED.
+    """
     errors = _unit_errors(counts.device)
     if counts.device.type == "cpu":
         # A weight below 2^_LOUD scales is off by a 32nd of that at most: hardly ever by the most.
-        largest = (_largest(counts[:, -_LOUD_BINS:], errors[:, -_LOUD_BINS:]) * s.view(-1)).amax()
-        if largest >= 2.0 ** (_LOUD - 5) * s.amax():
-            return found, units, largest
-    return found, units, (_largest(counts[:, 1:], errors) * s.view(-1)).amax()
+        largest = _largest(counts[:, -_LOUD_BINS:], errors[:, -_LOUD_BINS:]) * powers
+        if largest.amax() >= 2.0 ** (_LOUD - 5) * powers.amax():
+            return largest
+    return _largest(counts[:, 1:], errors) * powers
 
 
 def sums(
     counts: torch.Tensor, values: torch.Tensor, restored: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The same for any scales, from the magnitudes and what became of them: float32 [n, BINS - 1]."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same two for any scales, from the magnitudes and what became of them: float32 [n, BINS - 1]."""
     times = counts[:, 1:]
     found = [(times * term).view(len(counts), -1, SHARE).sum(dim=2) for term in terms(values, restored)]
-    found = torch.stack(found, dim=-1)
-    return found, torch.ones_like(found[:, :1]), _largest(times, (values - restored).abs_()).amax().double()
+    return torch.stack(found, dim=-1), _largest(times, (values - restored).abs_())
 
 
 def _largest(counts: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Largest value of the bins that are not empty, [n]; as many values as counts."""
-    return torch.where(counts > 0, values, 0.0).amax(dim=1)
+    """Largest value of the bins that are not empty, [n, 1]; as many values as counts."""
+    return torch.where(counts > 0, values, 0.0).amax(dim=1, keepdim=True)
 
 
 def smaller_half(counts: torch.Tensor) -> torch.Tensor:

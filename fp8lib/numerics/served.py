@@ -26,8 +26,8 @@ from fp8lib.numerics.exact import covering_power, divide
 
 SMALLEST_AMAX = 1e-4
 """Engines take no block's largest weight for smaller than this."""
-_SURVIVES = 2.0**-22
-"""What SMALLEST_AMAX / 448 is rounded up to."""
+SURVIVES = 2.0**-22
+"""What SMALLEST_AMAX / 448 is rounded up to: powers of two from here on are left as they are."""
 
 
 def requantize(
@@ -48,19 +48,6 @@ def requantize(
     if through_bf16:
         weights = weights.bfloat16().float()
     return apply_per_block(weights, 1 / powers, torch.Tensor.mul_).to(DTYPE), powers
-
-
-def is_served_as_written(scales: torch.Tensor) -> torch.Tensor:
-    """Whether all scales are such that vLLM's requantization changes no value, whatever the codes.
-
-    Args:
-        scales: [ceil(rows/128), ceil(columns/128)], BF16, F16 or F32.
-
-    Returns:
-        bool [], on their device.
-    """
-    before = scales.float()
-    return ((before >= _SURVIVES) & (covering_power(before, 1.0) == before)).all()
 
 
 def _powers(codes: torch.Tensor, scales: torch.Tensor, through_bf16: bool) -> torch.Tensor:

@@ -25,12 +25,13 @@ them again gives. `sums.py` does the sums.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import accumulate
 
+import numpy as np
 import torch
 
 from fp8lib.verification.measurement import Measurement, max_or_nan
-from fp8lib.verification.sums import Prepared, all_sums
+from fp8lib.verification.sums import Facts, Prepared, figures, sum_up
 
 Piece = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Weights, codes and scales; `measure` says of what shape."""
@@ -113,14 +114,25 @@ def measure_all(
         chosen_again: scales of each piece as they should be; None, or nothing at all, where nobody knows.
     """
     prepared = [Prepared(*piece, powers_of_two) for piece in pieces]
-    known = torch.stack([each.known for each in prepared]).tolist()
-    sums = [all_sums(each, facts, again) for each, facts, again in zip_longest(prepared, known, chosen_again)]
-    return [
-        Errors(
-            weights.numel(), facts[0], Sums(*rest[:4]), Sums(*rest[4:8]), *rest[8:11], *map(int, rest[11:])
-        )
-        for (weights, _, _), facts, rest in zip(pieces, known, torch.stack(sums).tolist(), strict=True)
-    ]
+    known = _on_host([each.known for each in prepared])
+    facts = [Facts(*each) for each in zip(prepared, known, strict=True)]
+    chosen_again = list(chosen_again) or [None] * len(pieces)
+    sums = _on_host([sum_up(*each) for each in zip(prepared, facts, chosen_again, strict=True)])
+    found = []
+    for (weights, _, _), about, of_piece, again in zip(pieces, facts, sums, chosen_again, strict=True):
+        rest = [float(value) for value in figures(about, of_piece, again is not None)]
+        served = Sums(*rest[4:8])
+        counts = map(int, rest[11:])
+        found.append(Errors(weights.numel(), about.amax, Sums(*rest[:4]), served, *rest[8:11], *counts))
+    return found
+
+
+def _on_host(tensors: Sequence[torch.Tensor]) -> list[np.ndarray]:
+    """Some tensors of one dimension as arrays; the host waits for the device once."""
+    if len(tensors) == 1:
+        return [tensors[0].cpu().numpy()]
+    ends = accumulate(map(len, tensors))
+    return np.split(torch.cat(list(tensors)).cpu().numpy(), list(ends)[:-1])
 
 
 def combine(name: str, pieces: Sequence[Errors]) -> Measurement:

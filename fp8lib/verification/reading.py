@@ -7,7 +7,7 @@ from fp8lib.checkpoint.layout import Extent
 from fp8lib.numerics.e4m3 import DTYPE
 from fp8lib.streaming.lanes import DTYPES, Files, Lane, Way
 
-PIECE = 512 * 1024
+PIECE = 1024 * 1024
 """Weights that are measured at a time; the same everywhere, because sums of floats depend on it."""
 AT_A_TIME = {"cpu": PIECE, "cuda": 15 * PIECE}
 """Weights that are read at a time, and copied to the device. On a CPU they stay in a core's cache; pinned

@@ -5,22 +5,26 @@ magnitude (`numerics/magnitudes.py`), and the sums are taken over the counts: ha
 the weights once for each sum. All others, F16 and F32 weights among them, go through the weights.
 """
 
+import numpy as np
 import torch
 
-from fp8lib.numerics.best import best_scales, errors_again, not_nearest
+from fp8lib.numerics.best import best_powers, best_scales, errors_again, not_nearest
 from fp8lib.numerics.blocks import BLOCK
-from fp8lib.numerics.e4m3 import dequantize
-from fp8lib.numerics.exact import leading_power, magnitude_bits
+from fp8lib.numerics.e4m3 import SMALLEST_SCALE, dequantize
+from fp8lib.numerics.exact import blocked_magnitudes, magnitude_bits
 from fp8lib.numerics.magnitudes import (
     ABSOLUTE,
+    ALIGNED,
     COUNT,
     ENERGY,
     LOST,
     RESTORED,
     SHARE,
     TOP,
+    UNITS,
     ZEROED,
     histogram,
+    largest_under_powers,
     magnitudes,
     rounded,
     smaller_half,
@@ -28,7 +32,7 @@ from fp8lib.numerics.magnitudes import (
     sums_under_powers,
 )
 from fp8lib.numerics.scales import pad_to_blocks
-from fp8lib.numerics.served import covering_scale, is_served_as_written, requantize, requantized
+from fp8lib.numerics.served import SURVIVES, covering_scale, requantize, requantized
 
 # Squares of values outside leave float32; such pieces are measured in float64.
 _FLOAT32_SQUARES = (1e-15, 1e15)
@@ -39,15 +43,11 @@ class Prepared:
 
     Attributes:
         weights, codes, scales: as in the files, padded.
-        magnitudes: `magnitude_bits` of the weights.
-        best, amax: scales with the least squared error, and the largest weight, of each block.
         counts, first: `histogram` of the weights.
         wrong: which codes are not the nearest.
-        doubtful: blocks that another scale, or the nearest codes, might lose less in.
-        known: largest weight, whether the counts are enough, whether engines change nothing, whether all
-            scales are powers of two, the number of doubtful blocks, of weights in the first bin (on a CPU
-            all, elsewhere those that are not zero), and of blocks with a code that is not the nearest;
-            float32 [7].
+        known: of each block the largest weight, the scale, and the scale with the least squared error, unless
+            that follows from the first; then the number of weights in the first bin, on a CPU of all,
+            elsewhere of those that are not zero; and whether any code is not the nearest. float32.
     """
 
     def __init__(
@@ -55,112 +55,176 @@ class Prepared:
     ) -> None:
         self.weights, self.scales = pad_to_blocks(weights), scales
         self.codes = pad_to_blocks(codes.view(torch.uint8)).view(codes.dtype)
-        self.magnitudes = magnitude_bits(self.weights)
-        self.best, self.amax = best_scales(self.weights, self.magnitudes, powers_of_two)
-        self.counts, self.first = histogram(self.magnitudes, scales)
+        magnitudes = blocked_magnitudes(self.weights)
+        amax, best = best_scales(self.weights, magnitudes, powers_of_two)
+        self.counts, self.first = histogram(magnitudes, scales)
         self.wrong = not_nearest(self.weights, self.codes, scales)
-        eight = self.wrong.view(torch.int64).view(len(scales), BLOCK, -1, BLOCK // 8)
-        wrong = eight.amax(dim=(1, 3)) > 0
-        self.doubtful = wrong | (self.best.float() != scales.float())
-        power = leading_power(scales.float())
-        sound = (scales > 0) & scales.isfinite() & (self.amax < TOP * power) & ~wrong
-        countable = sound.all() & (weights.dtype == torch.bfloat16)
-        same = is_served_as_written(scales)
-        # On a CPU this takes more time than it saves waiting, and is rarely needed.
-        on_cpu = weights.device.type == "cpu"
-        facts = (self.amax.amax(), countable, same, (power == scales).all())
-        zeros = self.counts[0, 0] * 0 if on_cpu else (~_is_nonzero(self.weights)).count_nonzero()
-        facts += self.doubtful.sum(), self.counts[:, 0].sum() - zeros, wrong.sum()
-        self.known = torch.stack([fact.float() for fact in facts])
+        first = self.counts[:, 0].sum()
+        if weights.device.type != "cpu":  # on a CPU this takes more time than it saves waiting
+            first = first - (~_is_nonzero(self.weights)).count_nonzero()
+        blocks = [amax, scales.float(), *([] if best is None else [best])]
+        wrong = self.wrong.view(torch.int64).count_nonzero()
+        self.known = torch.cat([value.view(-1).float() for value in (*blocks, first, wrong)])
+
+    def wrong_blocks(self) -> np.ndarray:
+        """Which blocks have codes that are not the nearest, bool [n]; the host waits for it."""
+        eight = self.wrong.view(torch.int64).view(len(self.scales), BLOCK, -1, BLOCK // 8)
+        return (eight.amax(dim=(1, 3)).view(-1) > 0).cpu().numpy()
 
 
-def all_sums(piece: Prepared, known: list[float], again: torch.Tensor | None) -> torch.Tensor:
-    """Everything in `measure.Errors` but the first and the largest weight, in its order: float64 [16].
+class Facts:
+    """What is known of a piece, and how it is to be summed.
+
+    Attributes:
+        amax: largest weight.
+        scales: float64 [n], of its blocks.
+        best: float64 [n], those with the least squared error.
+        in_units: whether all of them are powers of two for which there is a table.
+        same: whether engines change no value.
+        wrong: whether some codes are not the nearest.
+        doubtful: int64 [d], blocks that another scale, or the nearest codes, might lose less in.
+        countable: whether the counts are enough.
+    """
+
+    def __init__(self, piece: Prepared, known: np.ndarray) -> None:
+        amax, scales, *searched = known[:-2].reshape(-1, piece.scales.numel())
+        first, wrong = known[-2:]
+        self.best = searched[0] if searched else best_powers(amax)
+        fraction, exponent = np.frexp(scales)
+        self.amax, self.scales = float(amax.max()), scales.astype(np.float64)
+        powers, least, most = bool((fraction == 0.5).all()), scales.min(), scales.max()
+        self.same = powers and bool(least >= SURVIVES)
+        self.in_units = powers and bool(least >= ALIGNED[0] and most <= ALIGNED[1])
+        self.wrong = bool(wrong)
+        doubtful = self.best != scales
+        self.doubtful = np.flatnonzero(doubtful | piece.wrong_blocks() if wrong else doubtful)
+        if first and piece.weights.device.type == "cpu":
+            first -= int((~_is_nonzero(piece.weights)).count_nonzero())
+        sound = (scales >= SMALLEST_SCALE) & (scales < np.inf) & (amax < np.ldexp(TOP / 2, exponent))
+        exact = piece.weights.dtype == torch.bfloat16 and not self.wrong and not first
+        self.countable = exact and bool(sound.all())
+
+
+def sum_up(piece: Prepared, facts: Facts, again: torch.Tensor | None) -> torch.Tensor:
+    """All sums over a piece, for `figures` to read: float64 [...], on the device.
 
     Args:
         piece: what is summed.
-        known: its `known`.
+        facts: about it.
         again: scales as they should be; None where nobody knows.
     """
-    amax, countable, same, powers, doubtful, first, wrong = known
-    if first and piece.weights.device.type == "cpu":
-        first -= int((~_is_nonzero(piece.weights)).count_nonzero())
-    countable = countable and not first
-    chosen = piece.doubtful.view(-1).int().argsort(descending=True, stable=True)[: int(doubtful)]
-    if countable:
-        found = _over_counts(piece, chosen, bool(same), bool(powers))
+    if facts.countable:
+        found = _over_counts(piece, facts)
     else:
-        wide = not _FLOAT32_SQUARES[0] < amax < _FLOAT32_SQUARES[1]
-        found = _over_weights(piece, chosen, bool(same), wide)
-    other = torch.zeros_like(found[0])
+        found = _over_weights(piece, facts)
+        found.append(piece.wrong.count_nonzero())
     if again is not None:
-        other = (again.float() != piece.scales.float()).sum()
-    found += [piece.wrong.count_nonzero() if wrong else torch.zeros_like(other), other]
-    return torch.stack([value.double() for value in found])
+        found.append((again.float() != piece.scales.float()).sum())
+    return torch.cat([value.reshape(-1).double() for value in found])
+
+
+def figures(facts: Facts, sums: np.ndarray, again: bool) -> list[float]:
+    """Everything in `measure.Errors` but the first and the largest weight, in its order.
+
+    Args:
+        facts: about the piece.
+        sums: what `sum_up` gave, on the host.
+        again: whether it compared scales.
+    """
+    other = sums[-1] if again else 0.0
+    if facts.countable:
+        return [*_of_counts(facts, sums), 0.0, other]
+    if facts.same:
+        sums = np.concatenate([sums[:4], sums])
+    return [*sums[:15], other]
+
+
+def _doubtful(piece: Prepared, facts: Facts) -> tuple[torch.Tensor, torch.Tensor]:
+    """The doubtful blocks, int64 [d], and their best scales, float32 [d], on the device."""
+    device = piece.weights.device
+    best = torch.from_numpy(facts.best[facts.doubtful]).to(device).float()
+    return torch.from_numpy(facts.doubtful).to(device), best
 
 
 # --- over the counts ---------------------------------------------------------------------------
 
+_COLUMNS = 9
+"""What there is of each block: sums of `terms`, the energy and the loss of its smaller half, and |v - r|."""
 
-def _over_counts(piece: Prepared, chosen: torch.Tensor, same: bool, powers: bool) -> list[torch.Tensor]:
-    """The sums, from the magnitudes in each block and how often they are there."""
+
+def _over_counts(piece: Prepared, facts: Facts) -> list[torch.Tensor]:
+    """The sums, from the magnitudes in each block and how often they are there.
+
+    Of each block _COLUMNS values, of each doubtful one the least loss, and of what is served the sums that
+    `measure.Sums` has, and how many weights were changed.
+    """
     counts, scales = piece.counts, piece.scales.float().view(-1, 1)
-    if powers:
-        written, units, max_abs = sums_under_powers(counts, scales)
+    if facts.in_units:
+        written, largest = sums_under_powers(counts), largest_under_powers(counts, scales)
     else:
         values = magnitudes(piece.first)
         restored = rounded(values, scales)
-        written, units, max_abs = sums(counts, values, restored)
-    of_blocks = written.sum(dim=1) * units.squeeze(1)
-    whole, least = of_blocks.sum(dim=0), of_blocks[:, LOST]
-    in_file = _fields(whole, max_abs)
-    if len(chosen):
-        some, best = magnitudes(piece.first[chosen]), piece.best.float().view(-1, 1)[chosen]
-        found, _, _ = sums(counts[chosen], some, rounded(some, best))
-        least[chosen] = torch.minimum(least[chosen], found[..., LOST].sum(dim=1))
-    quiet = smaller_half(written[..., COUNT])
-    bulk = _ratio((written[..., LOST] * quiet).sum(dim=1), (written[..., ENERGY] * quiet).sum(dim=1)).amax()
-    served, changed = in_file, torch.zeros_like(bulk)
-    if not same:
-        if powers:
+        written, largest = sums(counts, values, restored)
+    quiet = smaller_half(written[..., COUNT]).unsqueeze(-1)
+    of_quiet = (written[..., : LOST + 1] * quiet).sum(dim=1)
+    found = [torch.cat([written.sum(dim=1), of_quiet, largest], dim=1)]
+    if len(facts.doubtful):
+        chosen, best = _doubtful(piece, facts)
+        some = magnitudes(piece.first[chosen])
+        under_best, _ = sums(counts[chosen], some, rounded(some, best.view(-1, 1)))
+        found.append(under_best[..., LOST].sum(dim=1))
+    if not facts.same:
+        if facts.in_units:
             values = magnitudes(piece.first)
             restored = rounded(values, scales)
-        largest = torch.where(counts[:, 1:] > 0, restored, 0.0).amax(dim=1, keepdim=True)
-        again = requantized(restored, covering_scale(largest))
-        sums_served, _, max_abs = sums(counts, values, again)
-        served = _fields(sums_served.sum(dim=(0, 1)), max_abs)
-        changed = (counts[:, 1:] * (again != restored)).sum()
+        covered = torch.where(counts[:, 1:] > 0, restored, 0.0).amax(dim=1, keepdim=True)
+        again = requantized(restored, covering_scale(covered))
+        served, largest = sums(counts, values, again)
+        whole = served.sum(dim=(0, 1))
+        found += [whole[RESTORED], whole[LOST], whole[ABSOLUTE], largest.amax()]
+        found.append((counts[:, 1:] * (again != restored)).sum())
+    return found
+
+
+def _of_counts(facts: Facts, sums: np.ndarray) -> list[float]:
+    """The fields of `measure.Errors` from `original` on but the last two, from what `_over_counts` gave."""
+    n, d = len(facts.scales), len(facts.doubtful)
+    blocks, sums = sums[: n * _COLUMNS].reshape(n, _COLUMNS), sums[n * _COLUMNS :]
+    terms = blocks[:, : COUNT + 1]
+    if facts.in_units:
+        terms = terms * facts.scales[:, None] ** UNITS
+    whole, least = terms.sum(axis=0), terms[:, LOST].copy()
+    least[facts.doubtful] = np.minimum(least[facts.doubtful], sums[:d])
+    energy, lost = blocks[:, COUNT + 1], blocks[:, COUNT + 2]
+    bulk = (lost / np.maximum(energy, np.finfo(np.float64).tiny)).max()
+    in_file = [whole[RESTORED], whole[LOST], whole[ABSOLUTE], blocks[:, -1].max()]
+    served, changed = (in_file, 0.0) if facts.same else (sums[d : d + 4], sums[d + 4])
     return [*in_file, *served, whole[ENERGY], least.sum(), bulk, whole[COUNT], whole[ZEROED], changed]
-
-
-def _fields(whole: torch.Tensor, max_abs: torch.Tensor) -> list[torch.Tensor]:
-    """The fields of `measure.Sums`, from sums of `terms` [6]."""
-    return [whole[RESTORED], whole[LOST], whole[ABSOLUTE], max_abs]
-
-
-def _ratio(part: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
-    """part / whole, float64; 0 / 0 is 0."""
-    return part / whole.clamp(min=torch.finfo(torch.float64).tiny)
 
 
 # --- over the weights --------------------------------------------------------------------------
 
 
-def _over_weights(piece: Prepared, chosen: torch.Tensor, same: bool, wide: bool) -> list[torch.Tensor]:
-    """The sums, from the weights and their codes; squares are taken in float64 if `wide`."""
+def _over_weights(piece: Prepared, facts: Facts) -> list[torch.Tensor]:
+    """The sums, from the weights and their codes: the fields of `measure.Errors` from `written` to
+    `requantized`, without `served` if that is the same.
+    """
+    wide = not _FLOAT32_SQUARES[0] < facts.amax < _FLOAT32_SQUARES[1]
     original = piece.weights.float()
     written = dequantize(piece.codes, piece.scales)
     energy = _squares(original, wide)
     in_file, lost = _sums(original, written, wide)
     least = _by_block(lost).view(-1)
-    if len(chosen):
-        least[chosen] = torch.minimum(least[chosen], errors_again(original, piece.best, chosen))
+    if len(facts.doubtful):
+        chosen, best = _doubtful(piece, facts)
+        least[chosen] = torch.minimum(least[chosen], errors_again(original, best, chosen))
     nonzero = _is_nonzero(piece.weights)
     zeroed = nonzero & ((piece.codes.view(torch.uint8) & 0x7F) == 0)
     quiet = _in_smaller_half(piece, nonzero)
-    bulk = _ratio(_by_block(lost * quiet), _by_block(energy * quiet)).amax()
-    served, changed = in_file, torch.zeros_like(least[0])
-    if not same:
+    energy_of_quiet = _by_block(energy * quiet).clamp(min=torch.finfo(torch.float64).tiny)
+    bulk = (_by_block(lost * quiet) / energy_of_quiet).amax()
+    served, changed = [], torch.zeros_like(least[0])
+    if not facts.same:
         requant = dequantize(*requantize(piece.codes, piece.scales))
         served, _ = _sums(original, requant, wide)
         changed = (requant != written).count_nonzero()
@@ -198,7 +262,7 @@ def _in_smaller_half(piece: Prepared, nonzero: torch.Tensor) -> torch.Tensor:
     shares = torch.cat([counts[:, :1], counts[:, 1:].view(len(counts), -1, SHARE).sum(dim=2)], dim=1)
     last = smaller_half(shares).sum(dim=1, keepdim=True)
     largest = torch.where(last < shares.shape[1], piece.first + (last - 1) * SHARE, 1 << 15)
-    bits = piece.magnitudes.view(len(piece.scales), BLOCK, -1, BLOCK)
+    bits = magnitude_bits(piece.weights).view(len(piece.scales), BLOCK, -1, BLOCK)
     return nonzero & (bits < largest.view(len(piece.scales), 1, -1, 1)).view(nonzero.shape)
 
 
