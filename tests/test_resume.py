@@ -47,8 +47,8 @@ def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 EVERY_RECORD = """
-from fp8lib.job import quantizing
-quantizing.SLOW_TO_SAVE = float("inf")
+from fp8lib.job import manifest
+manifest.SLOW_TO_SAVE = float("inf")
 """
 """However slow the disk is, the manifest is saved with every record: operations are counted here."""
 

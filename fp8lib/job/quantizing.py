@@ -22,9 +22,9 @@ from fp8lib.checkpoint.plan import Plan, to_json
 from fp8lib.checkpoint.rules import Selection
 from fp8lib.checkpoint.tensor_parallel import tensor_parallel
 from fp8lib.checkpoint.untrusted import printable
-from fp8lib.job import checksums, dequantizing, manifest, output_dir, recorded, rounding, trying
+from fp8lib.job import checksums, manifest, output_dir, recorded, rounding
 from fp8lib.job.ending import print_ending
-from fp8lib.job.manifest import Manifest, ShardResult
+from fp8lib.job.manifest import Journal, Manifest, ShardResult
 from fp8lib.job.progress import Progress
 from fp8lib.job.ranks import Ranks
 from fp8lib.job.run import (
@@ -81,7 +81,7 @@ def quantize(flags: Namespace, talk: Talk, ranks: Ranks) -> tuple[Zone, Findings
         output_dir.prepare(flags.output_dir, state, complete=not todo.quantize)
         if state.manifest:
             _say_what_is_kept(flags, talk, plan, todo)
-        journal = _Journal(mine, flags, state.manifest)
+        journal = Journal(mine, flags.output_dir, _verification(flags), state.manifest)
         journal.save()
 
         def record(result: ShardResult) -> None:
@@ -96,18 +96,24 @@ def quantize(flags: Namespace, talk: Talk, ranks: Ranks) -> tuple[Zone, Findings
         _finish(flags, plan, results)
     ordered = [results[s.name] for s in plan.shards]
     if flags.dequantize:
+        from fp8lib.job import dequantizing
+
         return agree(ranks, dequantizing.summarize(flags, talk, plan, ordered)), None
-    sources = partial(_sources, plan)
-    advise = partial(trying.measured_advice, flags, talk, settings, sources, flags.calibration)
-    found = summarize(flags, talk, _findings(flags, plan, ordered, covered, moments), advise)
+    found = _findings(flags, plan, ordered, covered, moments)
+    found = summarize(flags, talk, found, partial(_advice, flags, talk, settings, plan))
     if todo.quantize and not flags.quiet:
         print_ending(flags.output_dir, plan, found, time.monotonic() - begun)
     return agree_on(ranks, found)
 
 
-def _sources(plan: Plan) -> Iterator[trying.Source]:
-    """Every weight that becomes FP8, with the shard it comes from."""
-    return ((shard.source, matrix) for shard in plan.shards for matrix in shard.matrices)
+def _advice(flags: Namespace, talk: Talk, settings, plan: Plan, found: Findings) -> list[str]:
+    """What helps weights that are not GOOD."""
+    from fp8lib.job import trying
+
+    def sources() -> Iterator[trying.Source]:
+        return ((shard.source, matrix) for shard in plan.shards for matrix in shard.matrices)
+
+    return trying.measured_advice(flags, talk, settings, sources, flags.calibration, found)
 
 
 def _manifest(plan: Plan, decisive: dict) -> Manifest:
@@ -153,6 +159,8 @@ def _selection_by_trial(flags: Namespace, talk: Talk, ranks: Ranks, said: dict |
             output_dir.check_space(flags.output_dir, plan, state, 0)
         ranks.publish("candidates", {"terms": terms, "kept": known})
     if known is None:
+        from fp8lib.job import trying
+
         known = trying.failing_groups(flags, talk, ranks, settings, plan)
     return replace(flags.selection, kept_groups=tuple(known.items()))
 
@@ -190,46 +198,6 @@ def _findings(
         adapters=plan.adapters.fingerprints if plan.adapters else (),
         kept_failing=plan.selection.kept_groups,
     )
-
-
-SLOW_TO_SAVE = 0.2
-"""Seconds from which on saving the manifest is put off where that loses no shard."""
-
-
-class _Journal:
-    """Records results in the manifest on disk.
-
-    A complete shard is recorded at once. The record that it is verified, too, may come later where saving
-    takes long (2.6 s with the measurements of all 92,000 matrices of a 397B). If that record is lost, the
-    shard is verified again.
-    """
-
-    def __init__(self, mine: Manifest, flags: Namespace, on_disk: Manifest | None) -> None:
-        self._manifest, self._flags = mine, flags
-        # Not written again where nothing has changed: its time tells when the shards were verified.
-        self._saved, self._not_before = mine == on_disk, 0.0
-
-    def record(self, result: ShardResult) -> ShardResult:
-        """Record a result; returns it with the checksums that an earlier one of that shard had."""
-        earlier = self._manifest.shards.get(result.name)
-        known = earlier or {}
-        sums = result.sums or manifest.recorded_sums(known)
-        result = replace(result, sha256=result.sha256 or known.get("sha256"), sums=sums)
-        verification = _verification(self._flags) if result.final else None
-        self._manifest.shards[result.name] = manifest.to_record(result, verification)
-        self._saved = False
-        if earlier is None or time.monotonic() >= self._not_before:
-            self.save()
-        return result
-
-    def save(self) -> None:
-        """Save what is not saved yet."""
-        if self._saved:
-            return
-        begun = time.monotonic()
-        self._manifest.save(self._flags.output_dir)
-        took = time.monotonic() - begun
-        self._saved, self._not_before = True, begun + (20 * took if took > SLOW_TO_SAVE else 0)
 
 
 @dataclass(frozen=True, slots=True)

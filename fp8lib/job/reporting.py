@@ -81,8 +81,6 @@ def write(flags: Namespace, found: Findings, verdict: Zone, compared: "Compariso
     Raises:
         Fp8Error: one cannot be written.
     """
-    if not flags.report:
-        return
     from fp8lib.reports.document import Run, make_document, to_text
 
     run = Run(

@@ -25,6 +25,8 @@ ALIGNED = 2.0 ** (_OCTAVES_BELOW - 126), 2.0 ** (_OCTAVES_BELOW - 126 + 224)
 """Between these scales the bins begin _OCTAVES_BELOW octaves below them, elsewhere where BF16 does."""
 SHARE = 16
 """Bins whose sums are taken together: an eighth of an octave."""
+_CPU_SUMMED = 16
+"""Blocks whose terms are made at a time on a CPU: what stays in a core's cache."""
 _LOUD = 5
 _LOUD_BINS = (10 - _LOUD) * 128
 """Bins of 2^_LOUD scales and more: the largest errors are there, unless a block has none such."""
@@ -145,6 +147,10 @@ def sums(
     counts: torch.Tensor, values: torch.Tensor, restored: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same two for any scales, from the magnitudes and what became of them: float32 [n, BINS - 1]."""
+    if counts.device.type == "cpu" and len(counts) > _CPU_SUMMED:
+        split = (part.split(_CPU_SUMMED) for part in (counts, values, restored))
+        found, largest = zip(*map(sums, *split), strict=True)
+        return torch.cat(found), torch.cat(largest)
     times = counts[:, 1:]
     found = [(times * term).view(len(counts), -1, SHARE).sum(dim=2) for term in terms(values, restored)]
     return torch.stack(found, dim=-1), _largest(times, (values - restored).abs_())

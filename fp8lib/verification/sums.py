@@ -193,11 +193,12 @@ def _of_counts(facts: Facts, sums: np.ndarray) -> list[float]:
     terms = blocks[:, : COUNT + 1]
     if facts.in_units:
         terms = terms * facts.scales[:, None] ** UNITS
-    whole, least = terms.sum(axis=0), terms[:, LOST].copy()
+    whole, lost = terms.sum(axis=0), terms[:, LOST].copy()
+    least = lost.copy()
     least[facts.doubtful] = np.minimum(least[facts.doubtful], sums[:d])
-    energy, lost = blocks[:, COUNT + 1], blocks[:, COUNT + 2]
-    bulk = (lost / np.maximum(energy, np.finfo(np.float64).tiny)).max()
-    in_file = [whole[RESTORED], whole[LOST], whole[ABSOLUTE], blocks[:, -1].max()]
+    quiet_energy, quiet_lost = blocks[:, COUNT + 1], blocks[:, COUNT + 2]
+    bulk = (quiet_lost / np.maximum(quiet_energy, np.finfo(np.float64).tiny)).max()
+    in_file = [whole[RESTORED], lost.sum(), whole[ABSOLUTE], blocks[:, -1].max()]
     served, changed = (in_file, 0.0) if facts.same else (sums[d : d + 4], sums[d + 4])
     return [*in_file, *served, whole[ENERGY], least.sum(), bulk, whole[COUNT], whole[ZEROED], changed]
 
