@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from conftest import Result
 from fp8lib.checkpoint.directory import open_checkpoint
 from fp8lib.numerics.modes import Calibration
+from fp8lib.reports.charts import _histogram
 from fp8lib.reports.document import Run, layer_of, make_document, to_text
 from fp8lib.reports.page import WORST, render
 from fp8lib.verification.bands import Zone
@@ -322,6 +323,13 @@ def test_a_page_refers_to_nothing_outside(which: str, pages: dict[str, str]) -> 
     tags = Counter(tag for tag, _ in elements)
     # Zones, `vs best`, distributions, KL divergences, layers. One script: the sorting.
     assert (tags["svg"], tags["script"], tags["img"]) == (5, 1, 0)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 1e-300, 1e300])
+def test_values_that_hardly_differ_are_drawn(value: float) -> None:
+    from matplotlib.figure import Figure
+
+    _histogram(Figure().add_subplot(), np.array([value, np.nextafter(value, 1)]), ())
 
 
 def test_no_name_becomes_a_part_of_the_page(pages: dict[str, str]) -> None:

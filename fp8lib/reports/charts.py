@@ -185,11 +185,11 @@ def _mesh(axes: Axes, grid: np.ndarray, colours, norm):
 
 
 def _histogram(axes: Axes, values: np.ndarray, limits: Sequence[float]) -> None:
-    """Bars over equal ranges of what is shown, the limits included; a single value is one bar."""
+    """Bars over equal ranges of what is shown, the limits included; values that hardly differ are one bar."""
     if not values.size:
         return
     least, most = min(float(values.min()), *limits, math.inf), max(float(values.max()), *limits, -math.inf)
-    room = (most - least or abs(most) or 1.0) * 0.02
+    room = max((most - least) * 0.02, abs(most) * 1e-6) or 1.0
     counts, edges = np.histogram(values, _BINS, (least - room, most + room))
     axes.stairs(counts, edges, fill=True, color=_line(0))
     axes.locator_params(axis="x", nbins=4)
