@@ -45,12 +45,23 @@ import torch, torch.distributed, transformers
 for name in ("Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM", "AutoModelForCausalLM", "AutoTokenizer"):
     getattr(transformers, name)
 """
+_THE_TOOL = """
+import quantize_fp8
+from fp8lib.job import checksums, quantizing, run, trying, verifying
+from fp8lib.streaming import convert, merging, pipeline
+from fp8lib.verification import restored, shard_check
+"""
+_COLLECTING = """
+import collect_activation_stats
+from fp8lib.job import collecting
+from fp8lib.model import layerwise, whole_model
+"""
 COMMANDS = {
-    "quantize_fp8": "import torch, torch.distributed",
-    "quantize_fp8 with transformers": _TRANSFORMERS,
-    "collect_activation_stats": _TRANSFORMERS,
+    "quantize_fp8": "import torch, torch.distributed" + _THE_TOOL,
+    "quantize_fp8 with transformers": _TRANSFORMERS + _THE_TOOL,
+    "collect_activation_stats": _TRANSFORMERS + _THE_TOOL + _COLLECTING,
 }
-"""What a server imports before it forks runs of a command: libraries only, nothing of this project.
+"""What a server imports before it forks runs of a command.
 
 The first word is the command's module."""
 
