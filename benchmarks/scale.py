@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -30,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import checkpoints
 import machine
 from fp8lib.checkpoint.directory import open_checkpoint
-from fp8lib.checkpoint.layout import Passthrough
+from fp8lib.checkpoint.layout import Matrix, Passthrough
 from fp8lib.checkpoint.plan import Plan, make_plan, to_json
 from fp8lib.numerics.modes import Calibration
 from fp8lib.streaming import convert, devices, pipeline, shard_job, units
@@ -167,13 +168,18 @@ def claim(sizes: Sequence[int], speeds: Sequence[float]) -> tuple[list[int], flo
 
 def unit_sizes(plan: Plan, ranks: int, piece: int) -> list[int]:
     """Input bytes of every unit of work, in the order in which they are claimed."""
-    return [
-        sum(
-            last - first if isinstance(item, Passthrough) else (last - first) * item.input_row_bytes
-            for item, first, last in units.pieces(unit, piece)
-        )
-        for unit in units.divide(list(plan.shards), ranks, whole=False)
-    ]
+    sizes = []
+    of_shards = groupby(units.divide(list(plan.shards), ranks, whole=False), lambda unit: unit.plan.name)
+    for _, group in of_shards:
+        parts = list(group)
+        found = units.all_pieces(parts[0].plan, piece)
+        sizes += [sum(_nbytes(*one) for one in units.share(unit, found)) for unit in parts]
+    return sizes
+
+
+def _nbytes(item: Matrix | Passthrough, first: int, last: int) -> int:
+    """Input bytes of a piece."""
+    return last - first if isinstance(item, Passthrough) else (last - first) * item.input_row_bytes
 
 
 def divide(sizes: Sequence[int], ranks: int) -> dict[str, object]:

@@ -19,7 +19,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """What one run of the benchmark found; 1 GB/s per rank and 10 for all are given to it."""
     folder = tmp_path_factory.mktemp("scale")
     command = [sys.executable, BENCHMARKS / "scale.py", "--folder", folder / "scratch"]
-    command += ["--models", "397B-A17B;35B-A3B", "--ranks", "1,2,8,64", "--repeat", "1"]
+    command += ["--models", "397B-A17B;35B-A3B", "--ranks", "1,8,64", "--repeat", "1"]
     command += ["--rate-gbps", "1", "--storage-gbps", "10", "--json", folder / "found.json"]
     subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
     assert list((folder / "scratch").iterdir()) == []

@@ -54,18 +54,27 @@ def divide(shards: list[ShardPlan], ranks: int, whole: bool) -> list[Unit]:
 
 
 def pieces(unit: Unit, weights: int) -> list[Piece]:
-    """A unit's share of its shard's pieces, in the order of the output file.
+    """A unit's share of its shard's pieces: see `all_pieces`."""
+    return share(unit, all_pieces(unit.plan, weights))
+
+
+def share(unit: Unit, found: list[Piece]) -> list[Piece]:
+    """What a unit has of all pieces of its shard."""
+    return found[len(found) * unit.part // unit.parts : len(found) * (unit.part + 1) // unit.parts]
+
+
+def all_pieces(plan: ShardPlan, weights: int) -> list[Piece]:
+    """The pieces of a shard, in the order of the output file.
 
     Returns:
         (matrix, first row, last) of about `weights` weights each; (tensor that is kept, first byte, last);
         (matrix that is rewritten, first row, last).
     """
-    plan = unit.plan
     found: list = [(item, *span) for item in plan.passthrough for span in _byte_ranges(item)]
     matrices = (*plan.matrices, *plan.rewritten)
     found += [(m, *span) for m in matrices for span in row_ranges(m.rows, m.columns, weights)]
     found.sort(key=lambda piece: output_start(*piece[:2]))
-    return found[len(found) * unit.part // unit.parts : len(found) * (unit.part + 1) // unit.parts]
+    return found
 
 
 def batches(found: Iterable[Piece], weights: int) -> Iterator[list[Piece]]:
