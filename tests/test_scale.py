@@ -70,6 +70,13 @@ def test_prediction_is_bound_by_the_ranks_or_by_the_storage(rows: list[dict]) ->
     assert wall[64] == pytest.approx(121.4, abs=1)
 
 
+def test_groups_stay_together(request: pytest.FixtureRequest) -> None:
+    """pytest-xdist marks their tests' names, or says nothing and runs them wherever there is room."""
+    if not request.config.getoption("loadgroup", False):
+        pytest.skip("one process, or one that takes no notice of groups")
+    assert request.node.nodeid.endswith("@scale")
+
+
 def test_a_unit_goes_to_the_rank_that_is_free_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)
     from scale import claim
