@@ -11,6 +11,7 @@ run          `quantize_fp8.py` as a process of its own: for what a user's termin
 """
 
 import contextlib
+import gc
 import hashlib
 import io
 import os
@@ -28,7 +29,6 @@ from filelock import FileLock
 from hypothesis import settings
 
 import quantize_fp8
-import tiny_checkpoints
 from forked import PATIENCE
 
 settings.register_profile("no clock", deadline=None)
@@ -85,6 +85,10 @@ def pytest_configure() -> None:
         os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
 
+def pytest_collection_finish() -> None:
+    gc.freeze()  # two million objects of the libraries: none of them is garbage
+
+
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
@@ -135,6 +139,8 @@ def checkpoint(once: Callable[..., Path]) -> Callable[..., Path]:
             sorted(arguments.items()),
             lambda folder: tiny_checkpoints.build(folder, kind, **arguments),
         )
+
+    import tiny_checkpoints  # transformers with it, which the process that hands out tests can do without
 
     return make
 

@@ -22,6 +22,7 @@ libfiu, CharybdeFS, strace --inject   fail system calls, with a library, a FUSE 
 import atexit
 import contextlib
 import functools
+import gc
 import importlib
 import json
 import os
@@ -239,6 +240,7 @@ def run(*arguments: object, timeout: float = PATIENCE, **options: object) -> End
 def _serve(command: str) -> None:
     sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
     exec(COMMANDS[command], {})
+    gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     for line in sys.stdin:
         if os.fork() == 0:
