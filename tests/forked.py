@@ -38,6 +38,8 @@ from pathlib import Path
 
 OPERATIONS = ("mkdir", "open", "ftruncate", "pwrite", "fsync", "close", "rename", "unlink")
 """Functions of `os` through which everything goes that a run does to files."""
+BROKEN = 99
+"""Exit code of what ends with an exception; Python's own, 1, is one that our commands have a meaning for."""
 PATIENCE = 300
 """Seconds until a test takes for hanging what it waits for; on a quiet machine everything takes a few."""
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -60,9 +62,10 @@ from fp8lib.model import layerwise, whole_model
 COMMANDS = {
     "quantize_fp8": "import torch, torch.distributed" + _THE_TOOL,
     "quantize_fp8 with transformers": _TRANSFORMERS + _THE_TOOL,
+    "torch.distributed.run": "import torch, torch.distributed.run",
     "collect_activation_stats": _TRANSFORMERS + _THE_TOOL + _COLLECTING,
 }
-"""What a server imports before it forks runs of a command.
+"""What a server imports before it forks runs of a command. torchrun is one, too.
 
 The first word is the command's module."""
 
@@ -111,6 +114,14 @@ class Started:
     def kill(self, number: int = signal.SIGKILL) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, number)
+
+    @property
+    def has_ended(self) -> bool:
+        return (self._folder / "result").exists()
+
+    def printed(self) -> str:
+        """What it has printed so far, stdout first."""
+        return "".join((self._folder / name).read_text(errors="replace") for name in ("out", "err"))
 
     def wait_until_stopped(self, timeout: float = PATIENCE) -> None:
         """Wait for the moment of `At(…, do="stop")`.
@@ -287,7 +298,7 @@ def _be(task: dict, folder: Path) -> None:
         os.dup2(os.open(place, os.O_WRONLY | os.O_NOCTTY), number)
         stream = open(number, "w", encoding=encoding, errors=errors, closefd=False)  # noqa: SIM115
         setattr(sys, f"std{name}", stream)
-    rc = 99
+    rc = BROKEN
     try:
         if task["umask"] is not None:
             os.umask(task["umask"])
@@ -296,7 +307,7 @@ def _be(task: dict, folder: Path) -> None:
         if task["at"]:
             _watch(At(**task["at"]), folder / "operations")
         exec(task["before"], {})
-        rc = importlib.import_module(task["command"].split()[0]).main(task["arguments"])
+        rc = importlib.import_module(task["command"].split()[0]).main(task["arguments"]) or 0
     except SystemExit as stop:
         rc = stop.code
     except BaseException:

@@ -1,9 +1,10 @@
 """Several ranks on the CPU: the bytes, exit codes and words of one process, and ranks that die.
 
-Real `torchrun` starts them wherever it has a part in what is tested (fixtures `start` and `torchrun`), as
-processes of their own or, to save the time of importing torch, as stand-ins for forked ones (forked_rank.py);
-otherwise forked_ranks does (fixture `ranks`). In every rank `WATCH` writes down what the rank does and, where
-a test says so, makes it fail or wait. torchrun's own exit code is 1 whenever a rank's is not 0.
+Real `torchrun`, forked as forked.py does it, starts them wherever it has a part in what is tested (fixtures
+`start` and `torchrun`), as processes of their own or, to save the time of importing torch, as stand-ins for
+forked ones (forked_rank.py); otherwise forked_ranks does (fixture `ranks`). In every rank `WATCH` writes down
+what the rank does and, where a test says so, makes it fail or wait. torchrun's own exit code is 1 whenever a
+rank's is not 0.
 """
 
 import hashlib
@@ -11,7 +12,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -34,7 +34,7 @@ from fp8lib.job.output_dir import Lock, await_lock
 from fp8lib.streaming.writer import ShardWriter
 
 SCRIPT = Path(quantize_fp8.__file__).resolve()
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
+TORCHRUN = "torch.distributed.run"
 MANIFEST = "fp8_quantization.json"
 
 WATCH = """
@@ -177,37 +177,35 @@ class Started:
             forked.template(folder / "template", before=FORKED_RANK)
             flags = (*flags, "--no-python")
             rank = [sys.executable, "-S", forked_rank.__file__, folder / "template"]
-        common = (*TORCHRUN, "--nnodes", len(nodes), "--nproc-per-node", ranks, *flags)
+        common = ("--nnodes", len(nodes), "--nproc-per-node", ranks, *flags)
         common += ("--log-dir", folder / "logs")
         common += ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{_free_port()}")
-        env = {**os.environ, "RECORDS": str(self.records), **env}
+        env = {"RECORDS": str(self.records), **env}
         env["OMP_NUM_THREADS"] = "1"  # otherwise torchrun takes six lines to say that it chose one
         env["PYTHONIOENCODING"] = "ascii"  # as `cli` prints
         self.agents = []
-        self.output = folder / "output"
-        with self.output.open("wb") as output:
-            for number, node in enumerate(nodes):
-                here = ("--local-addr", f"127.0.0.{number + 1}", "--rdzv-conf", f"is_host={not number}")
-                command = [*common, *here, *rank, *arguments, *node.arguments]
-                self.agents.append(
-                    subprocess.Popen(
-                        list(map(str, command)), stdout=output, stderr=output, env={**env, **node.env}
-                    )
-                )
+        for number, node in enumerate(nodes):
+            here = ("--local-addr", f"127.0.0.{number + 1}", "--rdzv-conf", f"is_host={not number}")
+            command = [*common, *here, *rank, *arguments, *node.arguments]
+            self.agents.append(forked.start(*command, command=TORCHRUN, env={**env, **node.env}))
 
     def wait(self) -> Done:
         deadline = time.monotonic() + PATIENCE
         try:
-            codes = [agent.wait(deadline - time.monotonic()) for agent in self.agents]
+            codes = [agent.wait(deadline - time.monotonic()).rc for agent in self.agents]
+            codes = [1 if code == forked.BROKEN else code for code in codes]  # so do ranks that failed
         finally:
             self.kill()
-        return Done(codes, self.output.read_text(), self.records)
+        return Done(codes, self.printed(), self.records)
+
+    def printed(self) -> str:
+        return "".join(agent.printed() for agent in self.agents)
 
     def wait_for(self, kind: str, rank: int, attempt: int = 0) -> list[str]:
         """What a rank wrote down, once it did."""
         deadline = time.monotonic() + PATIENCE
         while not (lines := notes(self.records, kind).get((rank, attempt))):
-            assert time.monotonic() < deadline, self.output.read_text()
+            assert time.monotonic() < deadline, self.printed()
             time.sleep(0.01)
         return lines
 
@@ -219,7 +217,7 @@ class Started:
     def kill(self) -> None:
         """Leave nothing behind; ranks are in sessions of their own, so torchrun's end is not theirs."""
         for agent in self.agents:
-            if agent.poll() is None:
+            if not agent.has_ended:
                 agent.kill()
                 agent.wait()
         for lines in notes(self.records, "started").values():
@@ -533,7 +531,7 @@ def test_a_signal_to_torchrun_leaves_nothing_partial(
     source, output = wide(shards), tmp_path / "out"
     run = start(2, "--input_dir", source, "--output_dir", output, whole=shards == 1, FAULT="hold", IN="1")
     run.wait_for("fault", rank=1)
-    run.agents[0].send_signal(number)
+    run.agents[0].kill(number)
     done = run.wait()
     assert "SIGKILL" not in done.text  # as torchrun says when it has waited 30 s for a rank to end
     assert done.codes != [0]
