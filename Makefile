@@ -9,6 +9,9 @@ BIN    := $(VENV)/bin
 # A process per core; xdist_group keeps together what depends on its neighbours.
 WORKERS ?= --numprocesses logical --maxprocesses 8 --dist loadgroup
 
+# Modules are compiled once for the hundreds of processes that tests start, whatever the shell says.
+export PYTHONDONTWRITEBYTECODE =
+
 .PHONY: demo test check lint clean
 
 demo: $(VENV)/installed
