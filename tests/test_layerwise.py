@@ -155,7 +155,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def test_peak_memory_is_a_layer_and_the_hidden_states_and_a_gigabyte(tmp_path):
     path = tmp_path / "large"
-    sizes = write_sparse(path, num_hidden_layers=36, num_experts=64, hidden_size=1024)
+    sizes = write_sparse(path, num_hidden_layers=32, num_experts=64, hidden_size=1024)
     layer = max(n for name, n in sizes.items() if name.startswith("layers."))
     prompts = tmp_path / "prompts.jsonl"
     # 8 prompts of 128 tokens, one per byte
