@@ -132,6 +132,7 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def checkpoint(once: Callable[..., Path]) -> Callable[..., Path]:
     """`checkpoint(kind, **arguments of tiny_checkpoints.build)`: the directory, made once."""
+    import tiny_checkpoints  # transformers with it, which the process that hands out tests can do without
 
     def make(kind: str, **arguments: object) -> Path:
         return once(
@@ -139,8 +140,6 @@ def checkpoint(once: Callable[..., Path]) -> Callable[..., Path]:
             sorted(arguments.items()),
             lambda folder: tiny_checkpoints.build(folder, kind, **arguments),
         )
-
-    import tiny_checkpoints  # transformers with it, which the process that hands out tests can do without
 
     return make
 

@@ -193,7 +193,7 @@ class Started:
         deadline = time.monotonic() + PATIENCE
         try:
             codes = [agent.wait(deadline - time.monotonic()).rc for agent in self.agents]
-            codes = [1 if code == forked.BROKEN else code for code in codes]  # so do ranks that failed
+            codes = [1 if code == forked.BROKEN else code for code in codes]  # Python's own
         finally:
             self.kill()
         return Done(codes, self.printed(), self.records)

@@ -60,13 +60,9 @@ def quantize_blocks(
 
 
 def block_scales(
-    weights: torch.Tensor,
-    calibration: Calibration,
-    activation: torch.Tensor | None = None,
-    *,
-    magnitudes: torch.Tensor | None = None,
+    weights: torch.Tensor, calibration: Calibration, activation: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The scales alone; arguments as `quantize_blocks`, and `magnitude_bits` of weights in whole blocks.
+    """The scales alone; arguments as `quantize_blocks`.
 
     Returns:
         (scales bfloat16 [Rb, Cb], amax float32 [Rb, Cb]). Blocks of zeros get scale 1.
@@ -76,7 +72,7 @@ def block_scales(
     if calibration.mode != "max" and activation is not None:
         activation = torch.nn.functional.pad(activation, (0, padded.shape[1] - columns))
     # Padding is zeros, which change no maximum, no sum, no upper order statistic and no error.
-    codes = magnitude_bits(padded) if magnitudes is None else magnitudes
+    codes = magnitude_bits(padded)
     largest = _column_amax(padded, codes)
     amax = largest.view(len(largest), -1, BLOCK).amax(dim=2)
     if calibration.mode == "mse":

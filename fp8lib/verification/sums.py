@@ -81,7 +81,6 @@ class Facts:
         best: float64 [n], those with the least squared error.
         in_units: whether all of them are powers of two for which there is a table.
         same: whether engines change no value.
-        wrong: whether some codes are not the nearest.
         doubtful: int64 [d], blocks that another scale, or the nearest codes, might lose less in.
         countable: whether the counts are enough.
     """
@@ -95,13 +94,12 @@ class Facts:
         powers, least, most = bool((fraction == 0.5).all()), scales.min(), scales.max()
         self.same = powers and bool(least >= SURVIVES)
         self.in_units = powers and bool(least >= ALIGNED[0] and most <= ALIGNED[1])
-        self.wrong = bool(wrong)
         doubtful = self.best != scales
         self.doubtful = np.flatnonzero(doubtful | piece.wrong_blocks() if wrong else doubtful)
         if first and piece.weights.device.type == "cpu":
             first -= int((~_is_nonzero(piece.weights)).count_nonzero())
         sound = (scales >= SMALLEST_SCALE) & (scales < np.inf) & (amax < np.ldexp(TOP / 2, exponent))
-        exact = piece.weights.dtype == torch.bfloat16 and not self.wrong and not first
+        exact = piece.weights.dtype == torch.bfloat16 and not wrong and not first
         self.countable = exact and bool(sound.all())
 
 
@@ -187,7 +185,7 @@ def _over_counts(piece: Prepared, facts: Facts) -> list[torch.Tensor]:
 
 
 def _of_counts(facts: Facts, sums: np.ndarray) -> list[float]:
-    """The fields of `measure.Errors` from `original` on but the last two, from what `_over_counts` gave."""
+    """The fields of `measure.Errors` from `written` to `requantized`, from what `_over_counts` gave."""
     n, d = len(facts.scales), len(facts.doubtful)
     blocks, sums = sums[: n * _COLUMNS].reshape(n, _COLUMNS), sums[n * _COLUMNS :]
     terms = blocks[:, : COUNT + 1]
